@@ -1,0 +1,79 @@
+# Everything runs in this checkout's own virtual environment and writes inside the checkout.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -c constraints.txt
+
+# Threads of one training process; test workers get one each.
+THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+WORKERS ?= 2
+# PYTEST_ARGS='-k lora' narrows a test run.
+PYTEST_ARGS ?=
+
+CONFIG ?= examples/configs/lora_embedded.yaml
+QUICKSTART := outputs/quickstart
+# make quickstart UPDATES=20 : a short run, to see that everything works
+UPDATES ?=
+TRAIN_ARGS = --config $(CONFIG) --checkpoint_path $(QUICKSTART) --output_path $(QUICKSTART) $(if $(UPDATES),--updates $(UPDATES))
+QUICKSTART_ARGS = $(TRAIN_ARGS) --output $(QUICKSTART)
+
+# Once installed, nothing below needs a network, and nothing may try.
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+RUN = $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
+
+.PHONY: help venv install install-test quality format test test-slow quickstart docs bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z][a-z -]*:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed (tested: 3.11); make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e '.[test,quality]'
+	touch $@
+
+venv install: $(VENV)/.installed  ## the package and what it needs, in .venv
+install-test: $(VENV)/.installed-test  ## ... and the test and quality tools
+
+quality: $(VENV)/.installed-test  ## ruff (check and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy stable_cascade
+
+format: $(VENV)/.installed-test  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: quality  ## quality, then the default tests (ten slowest and skip reasons at the end)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test  ## the tests marked slow, minutes long
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+
+quickstart: $(VENV)/.installed  ## draw, train a LoRA on the embedded cascade, draw again
+	rm -rf $(QUICKSTART)
+	$(RUN) $(BIN)/python examples/quickstart.py before $(QUICKSTART_ARGS)
+	$(RUN) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+	    examples/train_lora.py $(TRAIN_ARGS)
+	$(RUN) $(BIN)/python examples/quickstart.py after $(QUICKSTART_ARGS) $(if $(UPDATES),--measured 5)
+
+docs: $(VENV)/.installed  ## regenerate docs/configuration.md from the config dataclasses
+	$(BIN)/python docs/generate.py
+	@echo wrote docs/configuration.md
+
+bench: $(VENV)/.installed  ## every script in benchmarks/, one after the other
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'benchmarks/ has no script yet'; exit 1; }
+	for script in benchmarks/*.py; do $(RUN) $(BIN)/python $$script; done
+
+clean:  ## remove .venv, caches and outputs/quickstart
+	rm -rf $(VENV) $(QUICKSTART) .mypy_cache .ruff_cache .pytest_cache build stable_cascade.egg-info

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The one version string, read from the package without importing it (importing needs torch)."""
+    for line in (ROOT / "stable_cascade" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__ = "):
+            return line.split('"')[1]
+    raise ValueError("stable_cascade/__init__.py has no line '__version__ = \"...\"'")
+
+
+# Ranges say what should work; constraints.txt says what was tested together.
+REQUIRES = [
+    "torch>=2.8",
+    "accelerate>=1.10",
+    "diffusers>=0.36",
+    "transformers>=4.56",
+    "peft>=0.17",
+    "safetensors>=0.5",
+    "webdataset>=0.2.100",
+    "datasets>=3.0",
+    "wandb>=0.18",
+    "omegaconf>=2.4",
+    "fsspec>=2024.6",
+    "pillow>=10.3",
+    "numpy>=1.26",
+]
+
+EXTRAS = {
+    "s3": ["s3fs>=2024.6"],
+    "controls": ["opencv-python-headless>=4.9"],
+    "identity": ["insightface>=0.7", "onnxruntime>=1.17"],
+    "quant": ["bitsandbytes>=0.44", "torchao>=0.9"],
+    "app": ["gradio>=5.0"],
+    "tensorboard": ["tensorboard>=2.16"],
+    "embedded": ["resvg-py>=0.5"],
+    "quality": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML>=6.0"],
+    "test": ["pytest>=8.3", "pytest-xdist>=3.6", "s3fs>=2024.6", "tensorboard>=2.16"],
+}
+
+setup(
+    name="stable-cascade",
+    version=version(),
+    description="Train and run Stable Cascade: every training, every pipeline, every file format.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["stable_cascade", "stable_cascade.*"]),
+    package_data={"stable_cascade": ["embedded/**/*", "py.typed"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["stable-cascade = stable_cascade.cli.main:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
