@@ -1,0 +1,158 @@
+"""The four block types of the diffusion networks, on images with channels last."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import SDCascadeAttention
+from .plain import full, is_plain, saturate, to_channels_first, to_channels_last, without_autocast
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+def layer_norm(channels: int) -> nn.LayerNorm:
+    """LayerNorm over the last axis without weights, as every level uses it."""
+    return nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scales each channel by its share of the image's response; statistics in float32 at least.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C).
+
+    Source: Woo et al. 2023 (ConvNeXt V2), eq. 1-3.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The clamp gives a silent channel the gradient zero where the square root alone would give NaN.
+        norm = full(x).square().sum((1, 2), keepdim=True).clamp_min(1e-38).sqrt()
+        scale = 1 + full(self.gamma) * (norm / (norm.mean(-1, keepdim=True) + 1e-6))
+        return saturate(torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype)))
+
+
+def channelwise(c_in: int, c: int, dropout: float) -> nn.Sequential:
+    """The two linear layers of a residual or feed-forward block, 4 times as wide between."""
+    return nn.Sequential(
+        nn.Linear(c_in, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout), nn.Linear(4 * c, c)
+    )
+
+
+class SDCascadeResBlock(nn.Module):
+    """Depthwise convolution and channelwise layers, added to the input. Shapes: (B, H, W, C) -> (B, H, W, C)."""
+
+    kind: ClassVar[str] = "residual"
+
+    def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, kernel_size, padding=kernel_size // 2, groups=c)
+        self.norm = layer_norm(c)
+        self.channelwise = channelwise(c + c_skip, c, dropout)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        hidden = self.norm(self._convolve(x)).to(x.dtype)
+        if skip is not None:
+            hidden = torch.cat([hidden, skip], dim=-1)
+        first, *rest = self.channelwise
+        # A skip is not normalised: in float16 it alone can take the hidden layer out of range.
+        hidden = first(hidden) if skip is None else saturate(first(hidden))
+        for layer in rest:
+            hidden = layer(hidden)
+        return saturate(x + hidden)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        image = to_channels_first(x)
+        if x.dtype is torch.float16 and is_plain(self.depthwise, nn.Conv2d):
+            # The sum over the kernel leaves float16's range long before its normalised value does.
+            conv = self.depthwise
+            weight, bias = conv.weight.float(), None if conv.bias is None else conv.bias.float()
+            with without_autocast(x.device):
+                image = F.conv2d(image.float(), weight, bias, padding=conv.padding, groups=conv.groups)
+        else:
+            image = saturate(self.depthwise(image))
+        return to_channels_last(image)
+
+
+class SDCascadeFeedForwardBlock(nn.Module):
+    """Channelwise layers on the normalised input, added to it. Shapes: (B, H, W, C) -> (B, H, W, C)."""
+
+    kind: ClassVar[str] = "feed_forward"
+
+    def __init__(self, c: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm = layer_norm(c)
+        self.channelwise = channelwise(c, c, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return saturate(x + self.channelwise(self.norm(x)))
+
+
+class SDCascadeTimestepBlock(nn.Module):
+    """Scale and shift of the channels by the noise condition: x (1 + a) + b. Shapes: (B, H, W, C) -> (B, H, W, C)."""
+
+    kind: ClassVar[str] = "timestep"
+
+    def __init__(self, c: int, c_timestep: int, conditions: tuple[str, ...] = ()):
+        super().__init__()
+        self.mapper = nn.Linear(c_timestep, 2 * c)
+        self.names = ["mapper", *(f"mapper_{name}" for name in conditions)]
+        for name in self.names[1:]:
+            setattr(self, name, nn.Linear(c_timestep, 2 * c))
+
+    def mappers(self) -> list[nn.Module]:
+        """One linear layer per condition, the noise level first."""
+        return [getattr(self, name) for name in self.names]
+
+    def modulation(self, embedding: Tensor) -> Tensor:
+        """[a, b] side by side, in float32 at least. Shapes: (B, conditions * c_timestep) -> (B, 2 C)."""
+        parts = embedding.chunk(len(self.names), dim=1)
+        with without_autocast(embedding.device):
+            return sum(_map(mapper, part) for mapper, part in zip(self.mappers(), parts, strict=True))
+
+    def forward(self, x: Tensor, embedding: Tensor, modulation: Tensor | None = None) -> Tensor:
+        if modulation is None:
+            modulation = self.modulation(embedding)
+        a, b = modulation[:, None, None, :].chunk(2, dim=-1)
+        return saturate(torch.addcmul(b.to(x.dtype), x, (1 + a).to(x.dtype)))
+
+
+def _map(mapper: nn.Module, part: Tensor) -> Tensor:
+    if is_plain(mapper, nn.Linear):
+        bias = None if mapper.bias is None else mapper.bias.to(part.dtype)
+        return F.linear(part, mapper.weight.to(part.dtype), bias)
+    dtype = getattr(getattr(mapper, "weight", None), "dtype", part.dtype)
+    return mapper(part.to(dtype if dtype.is_floating_point and dtype.itemsize > 1 else part.dtype)).to(part.dtype)
+
+
+class SDCascadeAttnBlock(nn.Module):
+    """Attention of the image tokens to themselves and to the conditioning tokens, added to the input.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C); the condition is the activated tokens (B, L, conditioning_dim), or the keys
+    and values (B, L, heads, C / heads) that `forward(None, tokens)` made of them.
+    """
+
+    kind: ClassVar[str] = "attention"
+
+    def __init__(self, c: int, c_cond: int, heads: int, self_attn: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.self_attn = self_attn
+        self.norm = layer_norm(c)
+        self.attention = SDCascadeAttention(c, heads, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
+
+    def forward(self, x: Tensor | None, condition: Tensor | KeysValues) -> Tensor | KeysValues:
+        if not isinstance(condition, tuple):
+            # The tokens come activated: SiLU is the same for all blocks and runs once per forward.
+            condition = self.attention.keys_values(self.kv_mapper[1](condition))
+        if x is None:
+            return condition
+        tokens = self.norm(x).flatten(1, 2)
+        return saturate(x + self.attention(tokens, *condition, self_attn=self.self_attn).view_as(x))

@@ -1,0 +1,70 @@
+"""Tells when a layer may be replaced by the bare matrix product it stands for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HALF = (torch.float16, torch.bfloat16)
+COMPUTABLE = (*HALF, torch.float32, torch.float64)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True when calling `module` does nothing but what `kind` does with weights that are there.
+
+    False for adapters, quantised or sharded weights, parametrisations, offloading and user hooks, whose own call must run.
+    """
+    if type(module) is not kind or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight = module.weight
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in COMPUTABLE
+
+
+def to_channels_first(x: Tensor) -> Tensor:
+    """A (B, C, H, W) view in channels-last memory. Shapes: (B, H, W, C) -> (B, C, H, W)."""
+    return x.permute(0, 3, 1, 2)
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """The image with channels on the last axis. Shapes: (B, C, H, W) -> (B, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution as a matrix product over the last axis.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C').
+    """
+    if is_plain(conv, nn.Conv2d):
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return to_channels_last(conv(to_channels_first(x)))
+
+
+def full(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where it is at least that."""
+    return x.float() if x.dtype in HALF else x
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize with aligned corners, computed in float32 at least. Shapes: (B, H, W, C) -> (B, *size, C)."""
+    if tuple(x.shape[1:3]) == tuple(size):
+        return x
+    resized = F.interpolate(full(to_channels_first(x)), size=size, mode="bilinear", align_corners=True)
+    return to_channels_last(resized).to(x.dtype)
+
+
+def saturate(x: Tensor) -> Tensor:
+    """`x`, with float16 infinities replaced by the largest float16, so that the next norm stays finite."""
+    if x.dtype is not torch.float16:
+        return x
+    return x.clamp(-65504.0, 65504.0)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which products keep the type of their factors."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,178 @@
+"""Stage C: the network that turns text, and sometimes a picture's embedding, into semantic latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from .blocks import layer_norm
+from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_tokens, read_out
+from .unet import (
+    NO_SPLIT,
+    Conditions,
+    Run,
+    add_stack,
+    embed_times,
+    initialise,
+    joined_mappers,
+    keys_values,
+    modulate,
+    run_stack,
+)
+
+TEXT_TOKENS = 77
+LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+
+
+class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+    """Stage C's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
+
+    Without arguments it is the released 3.6B. `num_attention_heads` may be 0 or -1 on a level without attention;
+    `dropout` is one number or one per level.
+
+    Raises:
+        ValueError: lists of the config disagree in length, or it asks for inputs that only the decoder has.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = NO_SPLIT
+    _repeated_blocks = NO_SPLIT
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        timestep_ratio_embedding_dim: int = 64,
+        patch_size: int = 1,
+        conditioning_dim: int = 2048,
+        block_out_channels: Sequence[int] = (2048, 2048),
+        num_attention_heads: Sequence[int] = (32, 32),
+        down_num_layers_per_block: Sequence[int] = (8, 24),
+        up_num_layers_per_block: Sequence[int] = (24, 8),
+        down_blocks_repeat_mappers: Sequence[int] = (1, 1),
+        up_blocks_repeat_mappers: Sequence[int] = (1, 1),
+        block_types_per_layer: Sequence[Sequence[str]] = (LAYER, LAYER),
+        clip_text_in_channels: int = 1280,
+        clip_text_pooled_in_channels: int = 1280,
+        clip_image_in_channels: int = 768,
+        clip_seq: int = 4,
+        effnet_in_channels: int | None = None,
+        pixel_mapper_in_channels: int | None = None,
+        kernel_size: int = 3,
+        dropout: float | Sequence[float] = (0.1, 0.1),
+        self_attn: bool | Sequence[bool] = True,
+        timestep_conditioning_type: Sequence[str] = ("sca", "crp"),
+        switch_level: Sequence[bool] | None = (False,),
+    ):
+        super().__init__()
+        for key in ("effnet_in_channels", "pixel_mapper_in_channels"):
+            if self.config[key] is not None:
+                raise ValueError(f"{key} is {self.config[key]}: only StableCascadeDecoder has that input, use it or null")
+        self.clip_txt_pooled_mapper = nn.Linear(clip_text_pooled_in_channels, conditioning_dim * clip_seq)
+        self.clip_txt_mapper = nn.Linear(clip_text_in_channels, conditioning_dim)
+        self.clip_img_mapper = nn.Linear(clip_image_in_channels, conditioning_dim * clip_seq)
+        self.clip_norm = layer_norm(conditioning_dim)
+        width = block_out_channels[0]
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(patch_size), nn.Conv2d(in_channels * patch_size**2, width, 1), layer_norm(width)
+        )
+        add_stack(self, self.config)
+        self.clf = nn.Sequential(
+            layer_norm(width), nn.Conv2d(width, out_channels * patch_size**2, 1), nn.PixelShuffle(patch_size)
+        )
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts from scratch, as the original does."""
+        initialise(self, sum(self.config.down_num_layers_per_block))
+        for mapper in (self.clip_txt_mapper, self.clip_txt_pooled_mapper, self.clip_img_mapper):
+            nn.init.normal_(mapper.weight, std=0.02)
+
+    def encode_conditions(
+        self, clip_text_pooled: Tensor, clip_text: Tensor | None = None, clip_img: Tensor | None = None
+    ) -> Conditions:
+        """What does not depend on the step: pass it as `conditions=` for every step of a sampling run.
+
+        It holds for the weights of now (adapters, dtype, device) and for any size of the sample.
+        """
+        tokens = self._tokens(clip_text_pooled, clip_text, clip_img)
+        joined = joined_mappers(self, torch.float64 if tokens.dtype is torch.float64 else torch.float32)
+        return Conditions(tokens, keys_values(self, tokens), joined)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep_ratio: Tensor,
+        clip_text_pooled: Tensor | None = None,
+        clip_text: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        sca: Tensor | None = None,
+        crp: Tensor | None = None,
+        control: Sequence[Tensor | None] | None = None,
+        return_dict: bool = True,
+        conditions: Conditions | None = None,
+    ) -> StableCascadeUNetOutput | tuple[Tensor]:
+        """The prediction for noised semantic latents.
+
+        Shapes: sample (B, in_channels, H, W); timestep_ratio (B,) in [0, 1], best in float32 whatever the weights are;
+        clip_text_pooled (B, c) or (B, n, c); clip_text (B, L, c); clip_img (B, c) or (B, n, c); sca, crp (B,).
+        Where clip_text or clip_img is missing it counts as zeros.
+
+        Args:
+            control: what a ControlNet returned: per residual block, in order of execution, a residual or None.
+            conditions: what `encode_conditions` returned, instead of the three embeddings.
+
+        Raises:
+            ValueError: neither `clip_text_pooled` nor `conditions` is given; `control` is longer than the network.
+        """
+        if conditions is None:
+            if clip_text_pooled is None:
+                raise ValueError("clip_text_pooled is missing: give it, or conditions from encode_conditions()")
+            conditions = Conditions(self._tokens(clip_text_pooled, clip_text, clip_img))
+        times = embed_times(self.config, sample.shape[0], timestep_ratio, {"sca": sca, "crp": crp})
+        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(control or ()))
+        x = run_stack(self, embed_sample(self.embedding, sample, self.config.patch_size), run)
+        output = read_out(self.clf, x)
+        return StableCascadeUNetOutput(sample=output) if return_dict else (output,)
+
+    def _tokens(self, pooled: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
+        """The activated stack of text, pooled text and image tokens. Shapes: -> (B, L, conditioning_dim)."""
+        config, batch = self.config, pooled.shape[0]
+        if text is None:
+            text = pooled.new_zeros(batch, TEXT_TOKENS, config.clip_text_in_channels)
+        if image is None:
+            image = pooled.new_zeros(batch, 1, config.clip_image_in_channels)
+        parts = [
+            map_tokens(self.clip_txt_mapper, text),
+            map_tokens(self.clip_txt_pooled_mapper, as_sequence(pooled), config.conditioning_dim),
+            map_tokens(self.clip_img_mapper, as_sequence(image), config.conditioning_dim),
+        ]
+        return nn.functional.silu(self.clip_norm(torch.cat(parts, dim=1)))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | PathLike[str] | dict[str, Tensor],
+        config: dict[str, Any] | str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> StableCascadePrior:
+        """A network from one file with the original's names or ours, without any network access; see `load_single_file`."""
+        from .loading import load_single_file
+
+        return load_single_file(cls, "prior", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
+
+    def to_original(self) -> dict[str, Tensor]:
+        """The weights under the original's names."""
+        from stable_cascade.formats.networks import to_original
+
+        return to_original(self.state_dict(), "prior")

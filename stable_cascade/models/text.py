@@ -1,0 +1,50 @@
+"""Captions to the three tensors that every stage is conditioned on, for trainers and pipelines alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
+    """Token ids and attention mask, padded and cut to the tokenizer's length.
+
+    Shapes: B captions -> `input_ids` and `attention_mask`, each (B, model_max_length).
+    """
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+def encode_prompts(
+    text_encoder: Any,
+    tokenizer: Any,
+    captions: Sequence[str],
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, pooled projection and attention mask of the captions; gradients flow through the text encoder.
+
+    The hidden states are those before CLIP's final norm (`hidden_states[-1]`), as the networks were trained with.
+
+    Shapes: B captions -> (B, L, D), (B, 1, P), (B, L).
+    """
+    tokens = tokenize(tokenizer, captions)
+    device = device if device is not None else text_encoder.device
+    mask = tokens.attention_mask.to(device)
+    output = text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
+    return output.hidden_states[-1], output.text_embeds.unsqueeze(1), mask
+
+
+def cut_captions(tokenizer: Any, captions: Sequence[str]) -> list[str]:
+    """The captions that CLIP's length cuts off; what lies beyond it has no effect on the picture."""
+    lengths = [len(tokenizer(caption).input_ids) for caption in captions]
+    return [
+        caption for caption, length in zip(captions, lengths, strict=True) if length > tokenizer.model_max_length
+    ]
