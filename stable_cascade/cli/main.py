@@ -1,0 +1,81 @@
+"""`stable-cascade COMMAND …`: one function per command that adds its own parser."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import stable_cascade
+
+
+def add_prepare(commands: Any) -> None:
+    """Adds `prepare FOLDER OUT`."""
+    parser = commands.add_parser(
+        "prepare",
+        help="make shards from a folder of pictures and captions",
+        description="Makes shards for webdataset_path from a folder of pictures. A caption is the .txt of the same "
+        "name, a row of metadata.jsonl, metadata.csv or captions.csv (file_name, text), or a key text or caption of "
+        "the .json of the same name.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="pictures and captions, searched with its subfolders")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards")
+    parser.add_argument("--shard-size", type=int, default=1000, help="samples in one shard (default %(default)s)")
+    parser.add_argument(
+        "--max-broken-share",
+        type=float,
+        default=0.1,
+        help="stop when more than this share of the pictures cannot be decoded (default %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-missing-captions", action="store_true", help="write '' for a picture without a caption"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards that are in OUT")
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from stable_cascade.data import prepare_shards
+
+    report = prepare_shards(
+        arguments.folder,
+        arguments.out,
+        shard_size=arguments.shard_size,
+        max_broken_share=arguments.max_broken_share,
+        allow_missing_captions=arguments.allow_missing_captions,
+        overwrite=arguments.overwrite,
+    )
+    print(report)
+    print(f"train with webdataset_path: {arguments.out}")
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare,)
+"""Each adds one subcommand and sets `run`, a function of the parsed arguments. Heavy imports belong into `run`."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(prog="stable-cascade", description="Trains and runs Stable Cascade.")
+    parser.add_argument("--version", action="version", version=f"stable-cascade {stable_cascade.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 0, or 2 after an error of one line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"stable-cascade {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Samples from a Hugging Face dataset: of the hub, or of a local folder."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .filters import Filter, apply_filters
+from .images import image_size
+from .index import IndexReport, SampleIndex, check_kept, check_unreadable, missing_captions
+
+if TYPE_CHECKING:
+    from .stream import SampleStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubColumns:
+    """Which columns hold picture and caption."""
+
+    image: str
+    caption: str
+    allow_missing_captions: bool = False
+
+    def picture(self, row: Mapping[str, Any]) -> bytes:
+        """The picture file in a row.
+
+        Raises:
+            ValueError: the row has none.
+        """
+        value = row[self.image]
+        if isinstance(value, Mapping):
+            if value.get("bytes"):
+                return value["bytes"]
+            value = value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, str) and os.path.isfile(value):
+            return Path(value).read_bytes()
+        raise ValueError(f"the column {self.image!r} holds no picture")
+
+    def text(self, row: Mapping[str, Any]) -> str | None:
+        """The caption in a row, the first one of a list; None when there is none."""
+        value = row.get(self.caption)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = value[0] if value else None
+        return value.strip() if isinstance(value, str) else None
+
+
+class HubSource:
+    """Rows of a dataset that lies on this machine."""
+
+    def __init__(self, name: str, dataset: Any, rows: np.ndarray, columns: HubColumns):
+        self.name, self.dataset, self.rows, self.columns = name, dataset, rows, columns
+
+    def key(self, index: int) -> str:
+        """`dataset/17`: the row's number in the dataset."""
+        return f"{self.name}/{self.rows[index]}"
+
+    def identity(self) -> bytes:
+        """All names in their order."""
+        return self.name.encode() + self.rows.astype("<i8").tobytes()
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """The picture file and the caption ('' where there is none)."""
+        row = self.dataset[int(self.rows[index])]
+        return self.columns.picture(row), self.columns.text(row) or ""
+
+
+def index_dataset(
+    dataset_name: str, columns: HubColumns, filters: Sequence[Filter], max_broken_share: float
+) -> SampleIndex:
+    """The index of a dataset; one pass reads every picture's header.
+
+    Raises:
+        ValueError: it cannot be loaded, lacks a column, or holds nothing usable.
+    """
+    dataset = _open(dataset_name, streaming=False)
+    needed = _check_columns(dataset_name, dataset.column_names, columns, filters)
+    dataset = _undecoded(dataset.select_columns(needed), columns)
+    found = [_header(row, columns) for row in dataset]
+    sizes = np.array([size for size, _ in found], np.int32).reshape(-1, 2)
+    source = HubSource(short_name(dataset_name), dataset, np.arange(len(sizes)), columns)
+    if not len(sizes):
+        raise ValueError(f"dataset_name {dataset_name!r} has no rows")
+    keep = sizes[:, 0] > 0
+    broken = [source.key(int(index)) for index in np.flatnonzero(~keep)[:10]]
+    unreadable = int((~keep).sum())
+    check_unreadable(unreadable, len(sizes), broken, max_broken_share)
+    rejected: dict[str, int] = {}
+    if filters:
+        keep[keep], rejected = _filtered(dataset, filters, sizes, keep)
+    check_kept(int(keep.sum()), len(sizes), rejected)
+    uncaptioned = keep & ~np.array([has for _, has in found], bool)
+    if uncaptioned.any() and not columns.allow_missing_captions:
+        example = source.key(int(np.flatnonzero(uncaptioned)[0]))
+        raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, f"caption_column {columns.caption}")
+    report = IndexReport(int(keep.sum()), 0, unreadable, tuple(broken), rejected, int(uncaptioned.sum()))
+    if broken:
+        log.warning("%s", report)
+    source.rows = np.flatnonzero(keep)
+    source.dataset = dataset.select_columns(_own_columns(dataset.column_names, columns))
+    return SampleIndex(source, sizes[keep, 0], sizes[keep, 1], report, max_broken_share)
+
+
+def _header(row: Mapping[str, Any], columns: HubColumns) -> tuple[tuple[int, int], bool]:
+    """(width, height), (0, 0) when unreadable, and whether there is a caption."""
+    try:
+        size = image_size(columns.picture(row)) or (0, 0)
+    except (ValueError, OSError):
+        size = (0, 0)
+    return size, columns.text(row) is not None
+
+
+def _filtered(
+    dataset: Any, filters: Sequence[Filter], sizes: np.ndarray, readable: np.ndarray
+) -> tuple[np.ndarray, dict[str, int]]:
+    keys = [key for key in dict.fromkeys(item.key for item in filters) if key in dataset.column_names]
+    values: Iterator[dict[str, Any]] = iter(dataset.select_columns(keys)) if keys else ({} for _ in sizes)
+    rows = ((row, size) for row, size, fine in zip(values, sizes, readable, strict=True) if fine)
+    keep, counts = apply_filters(filters, rows)
+    return keep, {f"{item.key}: {item.expression.text}": n for item, n in zip(filters, counts, strict=True)}
+
+
+def stream_dataset(
+    dataset_name: str, columns: HubColumns, filters: Sequence[Filter], max_broken_share: float
+) -> SampleStream:
+    """The rows of a dataset in their order, read while training.
+
+    Raises:
+        ValueError: it cannot be opened or lacks a column.
+    """
+    from .stream import SampleStream
+
+    dataset = _open(dataset_name, streaming=True)
+    names = dataset.column_names
+    if names is not None:  # some streams learn their columns from the first row
+        dataset = dataset.select_columns(_check_columns(dataset_name, names, columns, filters))
+        dataset = _undecoded(dataset, columns)
+    return SampleStream(short_name(dataset_name), dataset, columns, tuple(filters), max_broken_share)
+
+
+def short_name(dataset_name: str) -> str:
+    """The dataset's name in sample keys: the last part of a path or hub name."""
+    return os.path.basename(os.path.normpath(dataset_name))
+
+
+def _open(dataset_name: str, *, streaming: bool) -> Any:
+    import datasets
+
+    saved = any(os.path.isfile(os.path.join(dataset_name, name)) for name in ("dataset_dict.json", "state.json"))
+    try:
+        if saved:
+            loaded = datasets.load_from_disk(dataset_name)
+        else:
+            loaded = datasets.load_dataset(dataset_name, streaming=streaming)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            f"dataset_name {dataset_name!r} cannot be loaded ({type(error).__name__}: {lines[0]}); "
+            "give a dataset of the hub or a local folder"
+        ) from None
+    if isinstance(loaded, dict):
+        split = "train" if "train" in loaded else next(iter(loaded))
+        if split != "train" and len(loaded) > 1:
+            raise ValueError(f"dataset_name {dataset_name!r} has no train split, only {', '.join(map(str, loaded))}")
+        loaded = loaded[split]
+    return loaded.to_iterable_dataset() if saved and streaming else loaded
+
+
+def _check_columns(
+    dataset_name: str, names: Sequence[str], columns: HubColumns, filters: Sequence[Filter]
+) -> list[str]:
+    """The columns that are needed.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    wanted = {"image_column": columns.image}
+    if not columns.allow_missing_captions:
+        wanted["caption_column"] = columns.caption
+    for setting, name in wanted.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            hint = f"; nearest: {near[0]!r}" if near else ""
+            raise ValueError(f"{setting} {name!r} is no column of {dataset_name!r} ({', '.join(names)}){hint}")
+    filtered = [item.key for item in filters if item.key in names]
+    return list(dict.fromkeys([*_own_columns(names, columns), *filtered]))
+
+
+def _own_columns(names: Sequence[str], columns: HubColumns) -> list[str]:
+    return [name for name in (columns.image, columns.caption) if name in names]
+
+
+def _undecoded(dataset: Any, columns: HubColumns) -> Any:
+    """The dataset with picture files in place of decoded pictures."""
+    import datasets
+
+    feature = dataset.features.get(columns.image) if dataset.features else None
+    if isinstance(feature, datasets.Image):
+        return dataset.cast_column(columns.image, datasets.Image(decode=False))
+    return dataset

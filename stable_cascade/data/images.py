@@ -1,0 +1,123 @@
+"""From the bytes of a picture to (3, H, W) float32 pixels in [0, 1], whatever the file's mode."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from .buckets import covering_size
+
+HEAD_BYTES = 32768
+"""Enough for the header of nearly every image; the rest is read only where it is not."""
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
+"""Members with these extensions are pictures, in order of preference."""
+
+_TURNED = (5, 6, 7, 8)
+
+
+def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
+    """(width, height) after EXIF rotation from a file's first bytes; None when more bytes are needed.
+
+    Raises:
+        ValueError: the bytes are no picture (`whole` says that there are no more of them).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = _stored_size(image)
+                turned = _orientation(image) in _TURNED
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
+        if not whole:
+            return None
+        raise ValueError(f"no readable picture: {error}") from None
+    if width < 1 or height < 1:
+        raise ValueError(f"no readable picture: its size is {width} x {height}")
+    return (height, width) if turned else (width, height)
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) before rotation; recent Pillow gives a TIFF's size after it."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return image.size
+    return int(tags[ExifTags.Base.ImageWidth]), int(tags[ExifTags.Base.ImageLength])
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, without decoding: a PNG's late EXIF block counts as absent."""
+    exif = Image.Exif()
+    block = image.info.get("exif")
+    if block:
+        exif.load(block)
+    elif image.format in ("TIFF", "MPO"):
+        exif = image.getexif()
+    value = exif.get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) else 1
+
+
+def decode_image(data: bytes, *, at_least: tuple[int, int] | None = None) -> Tensor:
+    """The picture, upright, on white, as RGB.
+
+    Args:
+        data: the whole file.
+        at_least: (height, width) that will be needed; a larger JPEG is then decoded at a half, quarter or eighth,
+            never below twice this size.
+
+    Shapes: -> (3, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: the file is damaged or of no supported kind.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if at_least is not None and image.format == "JPEG":
+                    height, width = at_least[::-1] if _orientation(image) in _TURNED else at_least
+                    image.draft(None, (2 * width, 2 * height))  # type: ignore[arg-type]
+                image.load()
+                array = _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise ValueError(f"cannot decode: {type(error).__name__}: {error}") from None
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) float32 in [0, 1]."""
+    if image.mode.startswith("I"):
+        return _wide_grey(image)
+    if image.mode == "F":
+        raise ValueError("32-bit float pictures have no defined range")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
+        alpha = pixels[..., 3:]
+        return pixels[..., :3] * alpha + (1 - alpha)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.float32) / 255
+
+
+def _wide_grey(image: Image.Image) -> np.ndarray:
+    """16-bit grey scaled to [0, 1]; Pillow's own conversion to 8 bits clips everything above 255 to white."""
+    values = np.asarray(image).astype(np.float32)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError("integer pictures must have at most 16 bits")
+    return np.repeat(values[..., None] / 65535, 3, axis=2)
+
+
+def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The smallest version of the picture, with its own shape, that covers `size` (bilinear, antialiased).
+
+    Shapes: (3, H, W) -> (3, H', W') with H' >= size[0], W' >= size[1].
+    """
+    target = covering_size(pixels.shape[1], pixels.shape[2], size)
+    if target == tuple(pixels.shape[1:]):
+        return pixels
+    resized = F.interpolate(pixels[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0]
+    return resized.clamp_(0, 1)
