@@ -184,3 +184,9 @@ def test_going_to_a_late_step_is_quick():
     begin = time.perf_counter()
     next(global_batches(order, 64, 20_000))
     assert time.perf_counter() - begin < 10
+
+
+def test_a_tie_goes_to_the_first_ratio():
+    for ratios, expected in ((["1/1", "1/2"], (64, 64)), (["1/2", "1/1"], (88, 40))):
+        buckets = make_buckets(64, ratios, factor=8)
+        assert buckets.sizes[int(buckets.nearest(np.array([3]), np.array([4]))[0])] == expected

@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .plain import is_plain
 
+# Joining more elements than these costs more in copying than one product saves over several.
+LARGEST_JOINED = 2**20
 
-def project(layers: list[nn.Module], x: Tensor) -> list[Tensor]:
+
+def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     """`layer(x)` of several linear layers, as one matrix product where all are plain.
 
     Shapes: (B, N, C) -> one (B, N, C') per layer.
     """
     if not all(is_plain(layer, nn.Linear) for layer in layers):
         return [layer(x) for layer in layers]
-    weight = torch.cat([layer.weight for layer in layers])
+    weight = _joined([layer.weight for layer in layers])
+    if weight is None:
+        return [layer(x) for layer in layers]
     bias = torch.cat([layer.bias for layer in layers])
     return list(F.linear(x, weight, bias).chunk(len(layers), dim=-1))
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """The rows of all parts: a view where they lie in a row and need no gradient, a copy where they are small."""
+    trained = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    if not trained and not torch.compiler.is_compiling() and _in_a_row(parts):
+        first = parts[0].detach()
+        rows = sum(part.shape[0] for part in parts)
+        return first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+    return torch.cat(parts) if sum(part.numel() for part in parts) <= LARGEST_JOINED else None
+
+
+def _in_a_row(parts: list[Tensor]) -> bool:
+    """True when contiguous matrices follow each other in one storage."""
+    place = parts[0].data_ptr()
+    if place == 0:  # no memory: the meta device
+        return False
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+        if not same or part.data_ptr() != place or not part.is_contiguous():
+            return False
+        place += part.numel() * part.element_size()
+    return True
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(query key^T / sqrt(d)) value, with dropout on the probabilities.
+
+    Shapes: (B, heads, N, d), (B, heads, L, d) twice -> (B, heads, N, d).
+    """
+    if query.device.type == "cpu" and query.requires_grad and query.dtype is not torch.float16:
+        # The fused kernel's backward takes seven times as long on a CPU in bfloat16, at the sizes trained there.
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return F.dropout(scores.softmax(-1), dropout) @ value
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 
 class SDCascadeAttention(nn.Module):
@@ -34,6 +77,16 @@ class SDCascadeAttention(nn.Module):
         self.to_v = nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Moves the weights of query, key and value next to each other, so that one product needs no copy of them."""
+        layers = [self.to_q, self.to_k, self.to_v]
+        if not all(is_plain(layer, nn.Linear) for layer in layers) or _in_a_row([layer.weight for layer in layers]):
+            return
+        rows = torch.cat([layer.weight for layer in layers]).chunk(len(layers))
+        for layer, weight in zip(layers, rows, strict=True):
+            layer.weight.data = weight
+
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of conditioning tokens. Shapes: (B, L, C) -> two of (B, L, heads, C / heads)."""
         key, value = project([self.to_k, self.to_v], tokens)
@@ -48,7 +101,7 @@ class SDCascadeAttention(nn.Module):
             query = self._split(self.to_q(tokens))
         dropout = self.dropout if self.training else 0.0
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = attend(q, k, v, dropout)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

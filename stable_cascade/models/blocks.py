@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .attention import SDCascadeAttention
-from .plain import full, is_plain, saturate, to_channels_first, to_channels_last, without_autocast
+from .plain import HALF, cast_for, full, is_plain, saturate, to_channels_first, to_channels_last, without_autocast
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -17,6 +18,47 @@ KeysValues = tuple[Tensor, Tensor]
 def layer_norm(channels: int) -> nn.LayerNorm:
     """LayerNorm over the last axis without weights, as every level uses it."""
     return nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+
+
+class ResponseScale(torch.autograd.Function):
+    """x (1 + gamma share) + beta, where share is a channel's norm over the image by the mean norm of all channels.
+
+    Written out because it is the largest elementwise cost of a training step: the backward pass reads the image three
+    times and keeps no float32 copy of it. A channel that is zero everywhere gets the gradient zero through its norm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """Shapes: (B, H, W, C), (1, 1, 1, C) twice -> (B, H, W, C)."""
+        # A sum of squares: torch.norm over these axes takes ten times as long on a CPU.
+        norm = _squares(x).sum((1, 2), keepdim=True).sqrt()
+        mean = norm.mean(-1, keepdim=True) + 1e-6
+        share = norm / mean
+        scale = 1 + full(gamma) * share
+        ctx.save_for_backward(x, gamma, norm, mean, share, scale)
+        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, gamma and beta."""
+        x, gamma, norm, mean, share, scale = ctx.saved_tensors
+        # bfloat16 sums have a float32 accumulator; asking for a float32 result would copy the image first.
+        result = None if x.dtype is torch.bfloat16 else norm.dtype
+        grad_scale = (grad * x).sum((1, 2), keepdim=True, dtype=result).to(norm.dtype)
+        grad_share = grad_scale * full(gamma)
+        grad_norm = (grad_share - (grad_share * share).mean(-1, keepdim=True)) / mean
+        pull = torch.where(norm > 0, grad_norm / norm, 0)
+        grad_x = torch.addcmul(grad * scale.to(grad.dtype), x, pull.to(x.dtype))
+        grad_beta = grad.sum((0, 1, 2), keepdim=True, dtype=result)
+        return grad_x, (grad_scale * share).sum(0, keepdim=True).to(gamma.dtype), grad_beta.to(gamma.dtype)
+
+
+def _squares(x: Tensor) -> Tensor:
+    if x.dtype not in HALF:
+        return x.square()
+    wide = x.float()
+    return wide.mul_(wide)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -33,10 +75,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The clamp gives a silent channel the gradient zero where the square root alone would give NaN.
-        norm = full(x).square().sum((1, 2), keepdim=True).clamp_min(1e-38).sqrt()
-        scale = 1 + full(self.gamma) * (norm / (norm.mean(-1, keepdim=True) + 1e-6))
-        return saturate(torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype)))
+        """Shapes: (B, H, W, C) -> (B, H, W, C)."""
+        return saturate(ResponseScale.apply(x, self.gamma, self.beta))
 
 
 def channelwise(c_in: int, c: int, dropout: float) -> nn.Sequential:
@@ -58,6 +98,7 @@ class SDCascadeResBlock(nn.Module):
         self.channelwise = channelwise(c + c_skip, c, dropout)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Shapes: (B, H, W, C), skip (B, H, W, c_skip) -> (B, H, W, C)."""
         hidden = self.norm(self._convolve(x)).to(x.dtype)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=-1)
@@ -92,6 +133,7 @@ class SDCascadeFeedForwardBlock(nn.Module):
         self.channelwise = channelwise(c, c, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, H, W, C) -> (B, H, W, C)."""
         return saturate(x + self.channelwise(self.norm(x)))
 
 
@@ -107,29 +149,30 @@ class SDCascadeTimestepBlock(nn.Module):
         for name in self.names[1:]:
             setattr(self, name, nn.Linear(c_timestep, 2 * c))
 
-    def mappers(self) -> list[nn.Module]:
+    def mappers(self) -> list[Any]:
         """One linear layer per condition, the noise level first."""
         return [getattr(self, name) for name in self.names]
 
-    def modulation(self, embedding: Tensor) -> Tensor:
-        """[a, b] side by side, in float32 at least. Shapes: (B, conditions * c_timestep) -> (B, 2 C)."""
+    def modulation(self, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """[a, b] side by side, in float32 at least; `dtype` is the image's. Shapes: (B, n c_timestep) -> (B, 2 C)."""
         parts = embedding.chunk(len(self.names), dim=1)
         with without_autocast(embedding.device):
-            return sum(_map(mapper, part) for mapper, part in zip(self.mappers(), parts, strict=True))
+            mapped = [_map(mapper, part, dtype) for mapper, part in zip(self.mappers(), parts, strict=True)]
+        return torch.stack(mapped).sum(0)
 
     def forward(self, x: Tensor, embedding: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """Shapes: (B, H, W, C), embedding as `modulation()` takes it, modulation (B, 2 C) -> (B, H, W, C)."""
         if modulation is None:
-            modulation = self.modulation(embedding)
+            modulation = self.modulation(embedding, x.dtype)
         a, b = modulation[:, None, None, :].chunk(2, dim=-1)
         return saturate(torch.addcmul(b.to(x.dtype), x, (1 + a).to(x.dtype)))
 
 
-def _map(mapper: nn.Module, part: Tensor) -> Tensor:
+def _map(mapper: Any, part: Tensor, dtype: torch.dtype) -> Tensor:
     if is_plain(mapper, nn.Linear):
         bias = None if mapper.bias is None else mapper.bias.to(part.dtype)
         return F.linear(part, mapper.weight.to(part.dtype), bias)
-    dtype = getattr(getattr(mapper, "weight", None), "dtype", part.dtype)
-    return mapper(part.to(dtype if dtype.is_floating_point and dtype.itemsize > 1 else part.dtype)).to(part.dtype)
+    return mapper(cast_for(mapper, part, dtype)).to(part.dtype)
 
 
 class SDCascadeAttnBlock(nn.Module):
@@ -149,6 +192,7 @@ class SDCascadeAttnBlock(nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, c))
 
     def forward(self, x: Tensor | None, condition: Tensor | KeysValues) -> Tensor | KeysValues:
+        """The image, or the keys and values of the condition where `x` is None; see the class for shapes."""
         if not isinstance(condition, tuple):
             # The tokens come activated: SiLU is the same for all blocks and runs once per forward.
             condition = self.attention.keys_values(self.kv_mapper[1](condition))

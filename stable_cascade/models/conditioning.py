@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .plain import pointwise, to_channels_first, to_channels_last
+from .plain import cast_for, pointwise, to_channels_first, to_channels_last
 
 
 @dataclass
@@ -19,12 +18,6 @@ class StableCascadeUNetOutput(BaseOutput):
     sample: Tensor
 
 
-def weight_dtype(module: nn.Module) -> torch.dtype:
-    """The type in which a layer computes, also where an adapter or a quantiser wraps it."""
-    dtype = module.weight.dtype
-    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.get_default_dtype()
-
-
 def as_sequence(x: Tensor) -> Tensor:
     """One vector per sample as a sequence of one. Shapes: (B, C) or (B, n, C) -> (B, n, C)."""
     return x[:, None] if x.ndim == 2 else x
@@ -32,7 +25,7 @@ def as_sequence(x: Tensor) -> Tensor:
 
 def map_tokens(mapper: nn.Module, x: Tensor, width: int | None = None) -> Tensor:
     """Mapped vectors, each cut into as many tokens of `width` as it has. Shapes: (B, n, C) -> (B, n * k, width)."""
-    mapped = mapper(x.to(weight_dtype(mapper)))
+    mapped = mapper(cast_for(mapper, x))
     return mapped if width is None else mapped.reshape(mapped.shape[0], -1, width)
 
 
@@ -46,9 +39,11 @@ def embed_sample(embedding: nn.Sequential, sample: Tensor, patch_size: int) -> T
     """
     height, width = sample.shape[-2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(f"sample is {height} x {width}; both sides must be multiples of patch_size {patch_size}: pad it")
+        raise ValueError(
+            f"sample is {height} x {width}; both sides must be multiples of patch_size {patch_size}: pad it"
+        )
     unshuffle, conv, norm = embedding
-    patches = unshuffle(sample.to(weight_dtype(conv)))
+    patches = unshuffle(cast_for(conv, sample))
     return norm(pointwise(conv, to_channels_last(patches)))
 
 
@@ -61,4 +56,4 @@ def read_out(clf: nn.Sequential, x: Tensor) -> Tensor:
 def map_grid(mapper: nn.Sequential, x: Tensor) -> Tensor:
     """Two pointwise layers and a norm on a conditioning image. Shapes: (B, H, W, C) -> (B, H, W, width)."""
     first, _, second, norm = mapper
-    return norm(pointwise(second, F.gelu(pointwise(first, x.to(weight_dtype(first))))))
+    return norm(pointwise(second, F.gelu(pointwise(first, cast_for(first, x)))))

@@ -14,19 +14,10 @@ from torch import Tensor, nn
 
 from .blocks import layer_norm
 from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_grid, map_tokens, read_out
+from .initialisation import initialise
+from .modulation import blocks_of, embed_times, joined_mappers, modulate
 from .plain import resize, to_channels_last
-from .unet import (
-    NO_SPLIT,
-    Conditions,
-    Run,
-    add_stack,
-    embed_times,
-    initialise,
-    joined_mappers,
-    keys_values,
-    modulate,
-    run_stack,
-)
+from .unet import NO_SPLIT, Conditions, Run, add_stack, keys_values, run_stack
 
 PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
@@ -74,9 +65,13 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
         switch_level: Sequence[bool] | None = None,
     ):
         super().__init__()
+        # Every value counts as given: diffusers' class has other defaults, which would take the place of ours.
+        self.register_to_config(_use_default_values=[])
         for key in ("clip_text_in_channels", "clip_image_in_channels"):
             if self.config[key] is not None:
-                raise ValueError(f"{key} is {self.config[key]}: only StableCascadePrior has that input, use it or null")
+                raise ValueError(
+                    f"{key} is {self.config[key]}: only StableCascadePrior has that input, use it or null"
+                )
         width = block_out_channels[0]
         self.effnet_mapper = _grid_mapper(effnet_in_channels, width)
         self.pixels_mapper = _grid_mapper(pixel_mapper_in_channels, width)
@@ -95,10 +90,10 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
     def reset_parameters(self) -> None:
         """Starts from scratch, as the original does."""
         initialise(self, sum(self.config.down_num_layers_per_block))
-        for mapper in (self.effnet_mapper, self.pixels_mapper):
-            nn.init.normal_(mapper[0].weight, std=0.02)
-            nn.init.normal_(mapper[2].weight, std=0.02)
-        nn.init.normal_(self.clip_txt_pooled_mapper.weight, std=0.02)
+        mappers: list[Any] = [self.clip_txt_pooled_mapper]
+        mappers += [mapper[layer] for mapper in (self.effnet_mapper, self.pixels_mapper) for layer in (0, 2)]
+        for mapper in mappers:
+            nn.init.normal_(mapper.weight, std=0.02)
 
     def encode_conditions(
         self, clip_text_pooled: Tensor, effnet: Tensor | None = None, pixels: Tensor | None = None
@@ -169,6 +164,24 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
             conditions.maps[size] = grid
         return grid
 
+    def fuse_qkv_projections(self) -> None:
+        """Lays query, key and value weights of each block next to each other, which makes large networks run faster.
+
+        Names and values stay. What `from_single_file` loads from an original file lies so already; moving the network
+        or changing its type undoes it.
+        """
+        for _, block in blocks_of(self, "attention"):
+            block.attention.fuse()
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> StableCascadeDecoder | tuple[StableCascadeDecoder, dict[str, Any]]:
+        """A network of this config, which may be that of diffusers' class: its values hold, not our defaults."""
+        if isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     @classmethod
     def from_single_file(
         cls,
@@ -177,7 +190,7 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> StableCascadeDecoder:
-        """A network from one file with the original's names or ours, without any network access; see `load_single_file`."""
+        """A network from one local file with the names of the original or ours; see `load_single_file`."""
         from .loading import load_single_file
 
         return load_single_file(cls, "decoder", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
@@ -190,4 +203,6 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
 
 
 def _grid_mapper(in_channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, 4 * width, 1), nn.GELU(), nn.Conv2d(4 * width, width, 1), layer_norm(width))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4 * width, 1), nn.GELU(), nn.Conv2d(4 * width, width, 1), layer_norm(width)
+    )

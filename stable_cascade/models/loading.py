@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stable_cascade.formats.networks import from_original
 
-from .presets import PRESETS
+from .presets import PRESETS, preset
 
 Source = str | PathLike[str] | Mapping[str, Tensor]
 
@@ -101,14 +101,16 @@ def resolve_config(
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str) and config in presets:
-        return dict(presets[config])
+        return preset(component, config)
     if config is not None:
         return _read_config(config, component)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     for settings in presets.values():
         if _shapes(on_meta(cls, settings)) == shapes:
             return dict(settings)
-    raise ValueError(f"the weights have the shapes of no {component} preset ({', '.join(presets)}); pass config= for their size")
+    raise ValueError(
+        f"the weights have the shapes of no {component} preset ({', '.join(presets)}); pass config= for their size"
+    )
 
 
 def _read_config(config: str | PathLike[str], component: str) -> dict[str, Any]:
@@ -128,13 +130,19 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], component: str) -
         ValueError: naming the first weight that is missing, unknown or of another shape.
     """
     expected, found = _shapes(model), {name: tuple(value.shape) for name, value in weights.items()}
-    for name in expected.keys() - found.keys():
-        raise ValueError(f"{component} weight {name} is missing from the file; is it a file of another network or config?")
-    for name in found.keys() - expected.keys():
-        raise ValueError(f"the file has {name}, which the {component} of this config lacks; check config")
+    for name in expected:
+        if name not in found:
+            raise ValueError(
+                f"{component} weight {name} is missing from the file; check config, and that it is a {component}"
+            )
+    for name in found:
+        if name not in expected:
+            raise ValueError(f"the file has {name}, which the {component} of this config lacks; check config")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise ValueError(f"{component} weight {name} is {found[name]} in the file, {shape} by the config; check config")
+            raise ValueError(
+                f"{component} weight {name} is {found[name]} in the file, {shape} by the config; check config"
+            )
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,10 @@ HALF = (torch.float16, torch.bfloat16)
 COMPUTABLE = (*HALF, torch.float32, torch.float64)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """True when calling `module` does nothing but what `kind` does with weights that are there.
 
-    False for adapters, quantised or sharded weights, parametrisations, offloading and user hooks, whose own call must run.
+    False for adapters, quantised or sharded weights, parametrisations, offloading and hooks, whose own call must run.
     """
     if type(module) is not kind or "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
         return False
@@ -33,7 +35,7 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+def pointwise(conv: Any, x: Tensor) -> Tensor:
     """A 1x1 convolution as a matrix product over the last axis.
 
     Shapes: (B, H, W, C) -> (B, H, W, C').
@@ -43,16 +45,25 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return to_channels_last(conv(to_channels_first(x)))
 
 
+def cast_for(module: Any, x: Tensor, stored: torch.dtype | None = None) -> Tensor:
+    """`x` in the type in which a layer computes: its weights' own, also inside an adapter.
+
+    Weights stored in another way (quantised, eight bits) do not tell; there `x` takes the type `stored`, or stays.
+    """
+    dtype = getattr(getattr(module, "weight", None), "dtype", None)
+    return x.to(dtype if dtype in COMPUTABLE else stored or x.dtype)
+
+
 def full(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is at least that."""
     return x.float() if x.dtype in HALF else x
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize with aligned corners, computed in float32 at least. Shapes: (B, H, W, C) -> (B, *size, C)."""
     if tuple(x.shape[1:3]) == tuple(size):
         return x
-    resized = F.interpolate(full(to_channels_first(x)), size=size, mode="bilinear", align_corners=True)
+    resized = F.interpolate(full(to_channels_first(x)), size=tuple(size), mode="bilinear", align_corners=True)
     return to_channels_last(resized).to(x.dtype)
 
 

@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from .blocks import layer_norm
 from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_tokens, read_out
-from .unet import (
-    NO_SPLIT,
-    Conditions,
-    Run,
-    add_stack,
-    embed_times,
-    initialise,
-    joined_mappers,
-    keys_values,
-    modulate,
-    run_stack,
-)
+from .initialisation import initialise
+from .modulation import blocks_of, embed_times, joined_mappers, modulate
+from .unet import NO_SPLIT, Conditions, Run, add_stack, keys_values, run_stack
 
 TEXT_TOKENS = 77
 LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
@@ -73,9 +64,13 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
         switch_level: Sequence[bool] | None = (False,),
     ):
         super().__init__()
+        # Every value counts as given: diffusers' class has other defaults, which would take the place of ours.
+        self.register_to_config(_use_default_values=[])
         for key in ("effnet_in_channels", "pixel_mapper_in_channels"):
             if self.config[key] is not None:
-                raise ValueError(f"{key} is {self.config[key]}: only StableCascadeDecoder has that input, use it or null")
+                raise ValueError(
+                    f"{key} is {self.config[key]}: only StableCascadeDecoder has that input, use it or null"
+                )
         self.clip_txt_pooled_mapper = nn.Linear(clip_text_pooled_in_channels, conditioning_dim * clip_seq)
         self.clip_txt_mapper = nn.Linear(clip_text_in_channels, conditioning_dim)
         self.clip_img_mapper = nn.Linear(clip_image_in_channels, conditioning_dim * clip_seq)
@@ -158,6 +153,24 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
         ]
         return nn.functional.silu(self.clip_norm(torch.cat(parts, dim=1)))
 
+    def fuse_qkv_projections(self) -> None:
+        """Lays query, key and value weights of each block next to each other, which makes large networks run faster.
+
+        Names and values stay. What `from_single_file` loads from an original file lies so already; moving the network
+        or changing its type undoes it.
+        """
+        for _, block in blocks_of(self, "attention"):
+            block.attention.fuse()
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> StableCascadePrior | tuple[StableCascadePrior, dict[str, Any]]:
+        """A network of this config, which may be that of diffusers' class: its values hold, not our defaults."""
+        if isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     @classmethod
     def from_single_file(
         cls,
@@ -166,7 +179,7 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> StableCascadePrior:
-        """A network from one file with the original's names or ours, without any network access; see `load_single_file`."""
+        """A network from one local file with the names of the original or ours; see `load_single_file`."""
         from .loading import load_single_file
 
         return load_single_file(cls, "prior", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)

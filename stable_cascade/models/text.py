@@ -45,6 +45,4 @@ def encode_prompts(
 def cut_captions(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     """The captions that CLIP's length cuts off; what lies beyond it has no effect on the picture."""
     lengths = [len(tokenizer(caption).input_ids) for caption in captions]
-    return [
-        caption for caption, length in zip(captions, lengths, strict=True) if length > tokenizer.model_max_length
-    ]
+    return [caption for caption, length in zip(captions, lengths, strict=True) if length > tokenizer.model_max_length]

@@ -7,17 +7,14 @@ and `config`. Images travel as (B, H, W, C).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import (
-    GlobalResponseNorm,
     KeysValues,
     SDCascadeAttnBlock,
     SDCascadeFeedForwardBlock,
@@ -25,9 +22,12 @@ from .blocks import (
     SDCascadeTimestepBlock,
     layer_norm,
 )
-from .plain import full, is_plain, pointwise, resize, saturate, to_channels_first, to_channels_last, without_autocast
+from .modulation import blocks_of
+from .plain import pointwise, resize, saturate, to_channels_first, to_channels_last
 
 NO_SPLIT = ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock", "SDCascadeFeedForwardBlock"]
+# A network with the submodules named above; type checkers see a module's attributes as tensors or modules only.
+Stack = Any
 PER_LEVEL = (
     "num_attention_heads",
     "down_num_layers_per_block",
@@ -77,6 +77,7 @@ class UpDownBlock2d(nn.Module):
         self.blocks = nn.ModuleList([nn.Identity(), mapping] if self.up else [mapping, nn.Identity()])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, H, W, C) -> (B, H', W', C')."""
         if not self.enabled:
             return pointwise(self.blocks[int(self.up)], x)
         height, width = x.shape[1:3]
@@ -86,7 +87,7 @@ class UpDownBlock2d(nn.Module):
 
 
 def per_level(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `dropout` and `self_attn` as lists, checked to have one entry per level.
+    """`config` with one entry per level wherever one value stands for all, checked.
 
     Raises:
         ValueError: a list has another length than `block_out_channels`; an unknown block type.
@@ -96,19 +97,25 @@ def per_level(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("dropout", "self_attn"):
         if isinstance(config[key], (bool, int, float)):
             config[key] = [config[key]] * levels
+    for key in ("down_blocks_repeat_mappers", "up_blocks_repeat_mappers"):
+        config[key] = [1] * levels if config[key] is None else config[key]
     for key in PER_LEVEL:
         if len(config[key]) != levels:
-            raise ValueError(f"{key} has {len(config[key])} entries, block_out_channels has {levels}: give one per level")
+            raise ValueError(
+                f"{key} has {len(config[key])} entries, block_out_channels has {levels}: give one per level"
+            )
     switch = config["switch_level"]
     if switch is not None and len(switch) != levels - 1:
-        raise ValueError(f"switch_level {list(switch)} must have {levels - 1} entries, one less than block_out_channels")
+        raise ValueError(
+            f"switch_level {list(switch)} must have {levels - 1} entries, one less than block_out_channels"
+        )
     unknown = {name for names in config["block_types_per_layer"] for name in names} - set(NO_SPLIT)
     if unknown:
         raise ValueError(f"block_types_per_layer has {sorted(unknown)[0]!r}; known: {', '.join(NO_SPLIT)}")
     return config
 
 
-def add_stack(model: nn.Module, config: dict[str, Any]) -> None:
+def add_stack(model: Stack, config: dict[str, Any]) -> None:
     """Gives `model` the levels that `config` describes, under the published names."""
     config = per_level(config)
     levels = range(len(config["block_out_channels"]))
@@ -166,104 +173,12 @@ def _repeats(config: dict[str, Any], level: int, side: str) -> nn.ModuleList:
     return nn.ModuleList(nn.Conv2d(c, c, kernel_size=1) for _ in range(count))
 
 
-def initialise(model: nn.Module, layers: int) -> None:
-    """Starting weights of a network trained from scratch, in place; `layers` is the number of down layers.
-
-    Source: the original implementation; its query, key and value weights are one matrix, whose Xavier bound is theirs.
-    """
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, SDCascadeAttnBlock):
-            for projection in (module.attention.to_q, module.attention.to_k, module.attention.to_v):
-                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
-        elif isinstance(module, (SDCascadeResBlock, SDCascadeFeedForwardBlock)):
-            with torch.no_grad():
-                module.channelwise[-1].weight.mul_(math.sqrt(1 / layers))
-        elif isinstance(module, SDCascadeTimestepBlock):
-            for mapper in module.mappers():
-                nn.init.zeros_(mapper.weight)
-    nn.init.xavier_uniform_(model.embedding[1].weight, gain=0.02)
-    nn.init.zeros_(model.clf[1].weight)
-
-
-def timestep_embedding(ratio: Tensor, width: int, positions: int = 10000) -> Tensor:
-    """[sin | cos] of `ratio * positions` at geometric frequencies, in float32 at least.
-
-    Rounding follows the original's order of operations; a zero column ends an odd width.
-
-    Shapes: (B,) in [0, 1] -> (B, width).
-
-    Source: Vaswani et al. 2017, section 3.5.
-    """
-    half = width // 2
-    step = math.log(positions) / (half - 1)
-    frequencies = torch.arange(half, device=ratio.device, dtype=torch.float32).mul(-step).exp()
-    ratio = ratio if ratio.dtype is torch.float64 else ratio.float()
-    angles = (ratio * positions)[:, None] * frequencies[None, :]
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
-
-
-def embed_times(config: Any, batch: int, ratio: Tensor, given: dict[str, Tensor | None]) -> Tensor:
-    """The embeddings of the noise condition and of each further one (zero where not given), side by side.
-
-    Shapes: (B,), (1,) or () each -> (B, (1 + conditions) * timestep_ratio_embedding_dim).
-    """
-    width = config.timestep_ratio_embedding_dim
-    times = [ratio]
-    for name in config.timestep_conditioning_type:
-        value = given.get(name)
-        times.append(torch.zeros_like(ratio) if value is None else value.to(ratio.device))
-    return torch.cat([timestep_embedding(time.reshape(-1).expand(batch), width) for time in times], dim=1)
-
-
-def blocks_of(model: nn.Module, kind: str) -> list[tuple[str, nn.Module]]:
-    """(key, block) of every block of one kind, down then up."""
-    return [
-        (f"{side}.{level}.{index}", block)
-        for side, levels in (("down", model.down_blocks), ("up", model.up_blocks))
-        for level, blocks in enumerate(levels)
-        for index, block in enumerate(blocks)
-        if block.kind == kind
-    ]
-
-
-def joined_mappers(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias that modulate all timestep blocks in one matrix product; None where a mapper is not plain.
-
-    Shapes: (sum of 2 C over the blocks, conditions * timestep_ratio_embedding_dim) and (sum of 2 C,).
-    """
-    blocks = [block for _, block in blocks_of(model, "timestep")]
-    columns = list(zip(*(block.mappers() for block in blocks), strict=True))
-    whole = all(type(block) is SDCascadeTimestepBlock and "forward" not in block.__dict__ for block in blocks)
-    if not blocks or not whole or not all(is_plain(mapper, nn.Linear) for column in columns for mapper in column):
-        return None
-    weight = torch.cat([torch.cat([mapper.weight for mapper in column]) for column in columns], dim=1)
-    bias = sum(torch.cat([mapper.bias for mapper in column]).to(dtype) for column in columns)
-    return weight.to(dtype), bias
-
-
-def modulate(model: nn.Module, embedding: Tensor, joined: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    """[a, b] of every timestep block by key; empty where each block has to compute its own."""
-    joined = joined or joined_mappers(model, embedding.dtype)
-    if joined is None:
-        return {}
-    with without_autocast(embedding.device):
-        both = F.linear(embedding, *joined)
-    blocks = blocks_of(model, "timestep")
-    sizes = [block.mapper.out_features for _, block in blocks]
-    return dict(zip((key for key, _ in blocks), both.split(sizes, dim=1), strict=True))
-
-
-def keys_values(model: nn.Module, tokens: Tensor) -> dict[str, KeysValues]:
+def keys_values(model: Stack, tokens: Tensor) -> dict[str, KeysValues]:
     """Keys and values of the conditioning tokens for every attention block, by key."""
     return {key: block(None, tokens) for key, block in blocks_of(model, "attention")}
 
 
-def run_stack(model: nn.Module, x: Tensor, run: Run) -> Tensor:
+def run_stack(model: Stack, x: Tensor, run: Run) -> Tensor:
     """All levels, down then up. Shapes: (B, H, W, C) -> (B, H, W, C)."""
     skips: list[Tensor] = []
     for level, scaler in enumerate(model.down_downscalers):
@@ -287,7 +202,7 @@ def rescale(scaler: nn.Module, x: Tensor) -> Tensor:
     return to_channels_last(layer(to_channels_first(norm(x))))
 
 
-def _run_level(model: nn.Module, where: tuple[str, int], x: Tensor, skip: Tensor | None, run: Run) -> Tensor:
+def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | None, run: Run) -> Tensor:
     side, level = where
     blocks, mappers = getattr(model, f"{side}_blocks")[level], getattr(model, f"{side}_repeat_mappers")[level]
     types = model.config.block_types_per_layer
@@ -299,11 +214,11 @@ def _run_level(model: nn.Module, where: tuple[str, int], x: Tensor, skip: Tensor
             step = _layer(keyed, skip if start == 0 else None, run)
             x = model._gradient_checkpointing_func(step, x) if checkpointed else step(x)
         if repeat < len(mappers):
-            x = pointwise(mappers[repeat], x)
+            x = saturate(pointwise(mappers[repeat], x))
     return x
 
 
-def _layer(keyed: Sequence[tuple[str, nn.Module]], skip: Tensor | None, run: Run) -> Callable[[Tensor], Tensor]:
+def _layer(keyed: Sequence[tuple[str, Any]], skip: Tensor | None, run: Run) -> Callable[[Tensor], Tensor]:
     """A function that runs a few blocks; what it needs beside the image is settled now, so that it can run twice."""
     residuals = {key: next(run.control, None) for key, block in keyed if block.kind == "residual"}
 

@@ -1,0 +1,83 @@
+"""How the noise level, and further conditions like it, reach the timestep blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import SDCascadeTimestepBlock
+from .plain import is_plain, without_autocast
+
+
+def timestep_embedding(ratio: Tensor, width: int, positions: int = 10000) -> Tensor:
+    """[sin | cos] of `ratio * positions` at geometric frequencies, in float32 at least.
+
+    Rounding follows the original's order of operations; a zero column ends an odd width.
+
+    Shapes: (B,) in [0, 1] -> (B, width).
+
+    Source: Vaswani et al. 2017, section 3.5.
+    """
+    half = width // 2
+    step = math.log(positions) / (half - 1)
+    frequencies = torch.arange(half, device=ratio.device, dtype=torch.float32).mul(-step).exp()
+    ratio = ratio if ratio.dtype is torch.float64 else ratio.float()
+    angles = (ratio * positions)[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+def embed_times(config: Any, batch: int, ratio: Tensor, given: dict[str, Tensor | None]) -> Tensor:
+    """The embeddings of the noise condition and of each further one (zero where not given), side by side.
+
+    Shapes: (B,), (1,) or () each -> (B, (1 + conditions) * timestep_ratio_embedding_dim).
+    """
+    width = config.timestep_ratio_embedding_dim
+    times = [ratio]
+    for name in config.timestep_conditioning_type:
+        value = given.get(name)
+        times.append(torch.zeros_like(ratio) if value is None else value.to(ratio.device))
+    return torch.cat([timestep_embedding(time.reshape(-1).expand(batch), width) for time in times], dim=1)
+
+
+def blocks_of(model: Any, kind: str) -> list[tuple[str, Any]]:
+    """(key, block) of every block of one kind, down then up."""
+    return [
+        (f"{side}.{level}.{index}", block)
+        for side, levels in (("down", model.down_blocks), ("up", model.up_blocks))
+        for level, blocks in enumerate(levels)
+        for index, block in enumerate(blocks)
+        if block.kind == kind
+    ]
+
+
+def joined_mappers(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias that modulate all timestep blocks in one matrix product; None where a mapper is not plain.
+
+    Shapes: (sum of 2 C over the blocks, conditions * timestep_ratio_embedding_dim) and (sum of 2 C,).
+    """
+    blocks = [block for _, block in blocks_of(model, "timestep")]
+    columns = list(zip(*(block.mappers() for block in blocks), strict=True))
+    whole = all(type(block) is SDCascadeTimestepBlock and "forward" not in block.__dict__ for block in blocks)
+    if not blocks or not whole or not all(is_plain(mapper, nn.Linear) for column in columns for mapper in column):
+        return None
+    weight = torch.cat([torch.cat([mapper.weight for mapper in column]) for column in columns], dim=1)
+    biases = torch.stack([torch.cat([mapper.bias for mapper in column]).to(dtype) for column in columns])
+    # A plain sum would give the conditions' biases one piece of memory as their gradients: adding to one or scaling
+    # one (accumulation, clipping) would change the others. The gradient of a product is memory of each one's own.
+    return weight.to(dtype), (biases * torch.ones_like(biases)).sum(0)
+
+
+def modulate(model: Any, embedding: Tensor, joined: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """[a, b] of every timestep block by key; empty where each block has to compute its own."""
+    joined = joined or joined_mappers(model, embedding.dtype)
+    if joined is None:
+        return {}
+    with without_autocast(embedding.device):
+        both = F.linear(embedding, *joined)
+    blocks = blocks_of(model, "timestep")
+    sizes = [block.mapper.out_features for _, block in blocks]
+    return dict(zip((key for key, _ in blocks), both.split(sizes, dim=1), strict=True))
