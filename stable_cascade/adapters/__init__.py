@@ -1,0 +1,53 @@
+"""What is trained beside a frozen network: LoRA layers and token rows."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "LearnedTokens": "tokens",
+    "StableCascadeLoraLoaderMixin": "loaders",
+    "add_learned_tokens": "tokens",
+    "add_lora": "lora",
+    "add_token_rows": "tokens",
+    "layer_shapes": "layers",
+    "load_lora": "loading",
+    "lora_path": "loading",
+    "lora_state_dict": "lora",
+    "read_learned_embeds": "tokens",
+    "read_lora": "loading",
+    "remove_lora": "lora",
+    "save_learned_embeds": "tokens",
+    "save_lora": "lora",
+}
+
+__all__ = [
+    "LearnedTokens",
+    "StableCascadeLoraLoaderMixin",
+    "add_learned_tokens",
+    "add_lora",
+    "add_token_rows",
+    "layer_shapes",
+    "load_lora",
+    "lora_path",
+    "lora_state_dict",
+    "read_learned_embeds",
+    "read_lora",
+    "remove_lora",
+    "save_learned_embeds",
+    "save_lora",
+]
+
+if TYPE_CHECKING:
+    from .layers import layer_shapes
+    from .loaders import StableCascadeLoraLoaderMixin
+    from .loading import load_lora, lora_path, read_lora
+    from .lora import add_lora, lora_state_dict, remove_lora, save_lora
+    from .tokens import LearnedTokens, add_learned_tokens, add_token_rows, read_learned_embeds, save_learned_embeds
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -1,0 +1,54 @@
+"""Networks as LoRA sees them: which layers there are, and adding an adapter to some of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tokens import LearnedTokens
+
+
+def layer_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Weight shape of every linear and convolution layer, by its name without adapters."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name:
+            layers[name.removesuffix(".base_layer")] = module.weight.shape
+    return layers
+
+
+def component_of(model: nn.Module) -> str:
+    """The name that LoRA files give this network: `prior`, `decoder` or `text_encoder`."""
+    names = {"StableCascadePrior": "prior", "StableCascadeDecoder": "decoder"}
+    return names.get(type(model).__name__, "text_encoder" if hasattr(model, "text_model") else "prior")
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    """Every layer of a network that carries adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def inject(model: Any, config: Any, adapter_name: str) -> None:
+    """Adds the adapter's layers in float32, leaves learned token rows trainable and the global RNG untouched."""
+    from peft import inject_adapter_in_model
+
+    if adapter_name in getattr(model, "peft_config", {}):
+        used = ", ".join(model.peft_config)
+        raise ValueError(f"adapter_name '{adapter_name}' is in use ({used}); choose another or delete it first")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, model, adapter_name)
+    model._hf_peft_config_loaded = True
+    for layer in tuner_layers(model):
+        layer.set_adapter(adapter_name)
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name and adapter_name in name.split("."):
+                parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, LearnedTokens):
+            module.rows.requires_grad_(True)

@@ -1,0 +1,264 @@
+"""LoRA and learned tokens in pipelines: load, mix, fuse and remove them by diffusers' method names."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
+from torch import Tensor, nn
+
+from stable_cascade.formats import lora as files
+
+from .layers import tuner_layers
+from .loading import LoraFile, load_part, lora_path, read_lora
+from .lora import remove_lora
+from .tokens import EMBEDS_NAME, add_token_rows, read_learned_embeds, restart_rows
+
+Source = str | os.PathLike | Mapping[str, Tensor]
+
+
+class StableCascadeLoraLoaderMixin(LoraBaseMixin):
+    """LoRA methods for pipelines with a `prior`, a `text_encoder`, or both.
+
+    As everywhere in diffusers, the adapter loaded last is the active one; `set_adapters` mixes several.
+    """
+
+    _lora_loadable_modules = ["prior", "text_encoder"]
+    unet_name = "prior"
+    text_encoder_name = "text_encoder"
+    # A pipeline's registered components and methods.
+    tokenizer: Any
+    text_encoder: Any
+    enable_model_cpu_offload: Any
+    enable_sequential_cpu_offload: Any
+
+    def load_lora_weights(  # type: ignore[override]
+        self,
+        pretrained_model_name_or_path_or_dict: Source,
+        adapter_name: str | None = None,
+        *,
+        weight: float = 1.0,
+        weight_name: str | None = None,
+        module_filters: Sequence[str] | None = None,
+        train_tokens: Sequence[Sequence[str | None]] | None = None,
+        **hub: Any,
+    ) -> None:
+        """Loads a LoRA in any known format, with the learned tokens beside it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, a folder, a Hub name or a state dict.
+            weight: how strongly the LoRA acts.
+            weight_name: the file in a folder that holds several.
+            module_filters, train_tokens: of the training, for the original's files, which do not store them.
+            **hub: revision, token, cache_dir and so on, for a Hub name.
+
+        Raises:
+            ValueError: unknown format, trained for another model size, or nothing in it for this pipeline.
+        """
+        file, embeds = _located(pretrained_model_name_or_path_or_dict, weight_name, hub)
+        lora = None if file is None else read_lora(file)
+        if lora is None and embeds is None:
+            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' has neither a LoRA nor {EMBEDS_NAME}")
+        restore = self._without_offloading()
+        if embeds is not None:
+            self._add_tokens(read_learned_embeds(embeds))
+        if lora is not None:
+            self._load_parts(lora, adapter_name, weight, module_filters)
+            if lora.token_deltas:
+                rows = restart_rows(self.tokenizer, self.text_encoder, lora.token_deltas, train_tokens)
+                self._add_tokens(rows)
+        restore()
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Source,
+        token: str | None = None,
+        *,
+        weight_name: str = EMBEDS_NAME,
+        **hub: Any,
+    ) -> None:
+        """Loads learned tokens alone; tokens that exist already get the file's row."""
+        if isinstance(pretrained_model_name_or_path, Mapping):
+            embeds = dict(pretrained_model_name_or_path)
+        else:
+            path = Path(pretrained_model_name_or_path)
+            if not path.exists():
+                path = _from_hub(str(pretrained_model_name_or_path), weight_name, hub)
+            embeds = read_learned_embeds(path / weight_name if path.is_dir() else path, token)
+        self._add_tokens(embeds)
+
+    @classmethod
+    def lora_state_dict(  # type: ignore[override]
+        cls, pretrained_model_name_or_path_or_dict: Source, *, weight_name: str | None = None, **hub: Any
+    ) -> dict[str, Tensor]:
+        """A LoRA's tensors with their component's prefix, as PEFT's keys unless the original wrote the file."""
+        file, _ = _located(pretrained_model_name_or_path_or_dict, weight_name, hub)
+        if file is None:
+            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' has no LoRA, only {EMBEDS_NAME}")
+        return files.join_components(read_lora(file).parts)
+
+    @classmethod
+    def save_lora_weights(  # type: ignore[override]
+        cls,
+        save_directory: str | os.PathLike,
+        prior_lora_layers: Mapping[str, Any] | None = None,
+        text_encoder_lora_layers: Mapping[str, Any] | None = None,
+        *,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        prior_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes state dicts in PEFT's layout to one file; `save_lora` does it from the networks themselves."""
+        layers = {"prior": prior_lora_layers, "text_encoder": text_encoder_lora_layers}
+        given = {component: values for component, values in layers.items() if values}
+        if not given:
+            raise ValueError("nothing to save: give prior_lora_layers or text_encoder_lora_layers")
+        metadata = {"prior": prior_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=given,  # type: ignore[arg-type]
+            lora_metadata=metadata,
+            is_main_process=is_main_process,
+            weight_name=weight_name,  # type: ignore[arg-type]
+            save_function=save_function,  # type: ignore[arg-type]
+            safe_serialization=safe_serialization,
+        )
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the active adapters into the weights, which are kept aside for `unfuse_lora`."""
+        components = list(components or self._lora_loadable_modules)
+        kept = self.__dict__.setdefault("_before_fusing", {})
+        for component in components:
+            for name, layer in _layers(getattr(self, component, None)):
+                weights = {key: value.detach().clone() for key, value in layer.get_base_layer().named_parameters()}
+                kept.setdefault((component, name), (weights, dict(layer.scaling)))
+        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
+
+    @torch.no_grad()
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """Puts back the weights of before `fuse_lora`, bit by bit; subtracting would leave rounding errors."""
+        components = list(components or self._lora_loadable_modules)
+        super().unfuse_lora(components, **kwargs)
+        kept = self.__dict__.get("_before_fusing", {})
+        for component in components:
+            for name, layer in _layers(getattr(self, component, None)):
+                weights, scaling = kept.pop((component, name), ({}, {}))
+                for key, value in layer.get_base_layer().named_parameters():
+                    if key in weights:
+                        value.copy_(weights[key])
+                layer.scaling.update(scaling)
+
+    def unload_lora_weights(self) -> None:
+        """Takes out every adapter and every learned token; the pipeline is what it was before the first one."""
+        if self.__dict__.get("_before_fusing"):
+            self.unfuse_lora()
+        for component in self._lora_loadable_modules:
+            model = getattr(self, component, None)
+            if model is not None:
+                remove_lora(model)
+        self._merged_adapters: set[str] = set()
+        before = self.__dict__.pop("_before_tokens", None)
+        if before is not None:
+            tokenizer, weight = before
+            self.tokenizer = tokenizer
+            old = self.text_encoder.get_input_embeddings().weight
+            embedding = nn.Embedding.from_pretrained(weight.to(old.device, old.dtype), freeze=True)
+            self.text_encoder.set_input_embeddings(embedding)
+            for module in self.text_encoder.modules():
+                if hasattr(module, "config"):
+                    module.config.vocab_size = len(weight)
+
+    def _load_parts(
+        self, lora: LoraFile, adapter_name: str | None, weight: float, module_filters: Sequence[str] | None
+    ) -> None:
+        """Loads each component's part; all or nothing, so that a misfit leaves no half of it behind."""
+        models = {component: getattr(self, component, None) for component in lora.parts}
+        models = {component: model for component, model in models.items() if model is not None}
+        if not models:
+            raise ValueError(
+                f"'{lora.name}' has {', '.join(sorted(lora.parts))}; this {type(self).__name__} has none of them"
+            )
+        adapter_name = adapter_name or self._free_name()
+        loaded: list[Any] = []
+        try:
+            for component, model in models.items():
+                load_part(model, lora, component, adapter_name, weight, module_filters=module_filters)
+                loaded.append(model)
+        except ValueError:
+            for model in loaded:
+                delete = model.delete_adapter if hasattr(model, "delete_adapter") else model.delete_adapters
+                delete(adapter_name)
+            raise
+
+    def _free_name(self) -> str:
+        used = {name for names in self.get_list_adapters().values() for name in names}
+        return next(f"default_{number}" for number in range(len(used) + 1) if f"default_{number}" not in used)
+
+    def _add_tokens(self, embeds: Mapping[str, Tensor]) -> None:
+        if getattr(self, "text_encoder", None) is None:
+            raise ValueError("learned tokens need a text_encoder, and this pipeline has none")
+        if "_before_tokens" not in self.__dict__:
+            weight = self.text_encoder.get_input_embeddings().weight.detach().clone()
+            self.__dict__["_before_tokens"] = (copy.deepcopy(self.tokenizer), weight)
+        add_token_rows(self.tokenizer, self.text_encoder, embeds)
+
+    def _without_offloading(self) -> Callable[[], None]:
+        """Takes CPU offloading off while modules change; the returned function puts it back."""
+        model, sequential, _ = _func_optionally_disable_offloading(self)
+        if model:
+            return self.enable_model_cpu_offload
+        return self.enable_sequential_cpu_offload if sequential else lambda: None
+
+
+def _layers(model: nn.Module | None) -> list[tuple[str, Any]]:
+    """(name, adapter layer) of a network."""
+    if model is None:
+        return []
+    wanted = {id(layer) for layer in tuner_layers(model)}
+    return [(name, module) for name, module in model.named_modules() if id(module) in wanted]
+
+
+def _located(
+    source: Source, weight_name: str | None, hub: Mapping[str, Any]
+) -> tuple[Path | Mapping[str, Tensor] | None, Path | None]:
+    """The LoRA (file or state dict) and the learned tokens' file that a name means; None for what is not there."""
+    if isinstance(source, Mapping):
+        return source, None
+    path = Path(source)
+    if not path.exists() and str(source).count("/") == 1 and not path.suffix:
+        embeds = _from_hub(str(source), EMBEDS_NAME, hub, missing_ok=True)
+        file = _from_hub(str(source), weight_name or files.WEIGHT_NAME, hub, missing_ok=embeds is not None)
+        return file, embeds
+    beside = (path if path.is_dir() else path.parent) / EMBEDS_NAME
+    only_tokens = path.is_dir() and beside.exists() and len(list(path.glob("*.safetensors"))) == 1
+    if only_tokens or path.name == EMBEDS_NAME:
+        return None, beside
+    embeds = beside if beside.exists() and (path.is_dir() or path.name == files.WEIGHT_NAME) else None
+    return lora_path(path, weight_name), embeds
+
+
+def _from_hub(name: str, file: str, hub: Mapping[str, Any], *, missing_ok: bool = False) -> Any:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file, **hub))
+    except EntryNotFoundError:
+        if missing_ok:
+            return None
+        raise ValueError(f"'{name}' has no file {file}; name the LoRA with weight_name") from None

@@ -1,0 +1,84 @@
+"""Checks of what callers pass, and the sizes that follow from it. Every refusal is one line and costs no forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator
+
+Generators = Generator | list[Generator]
+
+SMALLEST_SIDE = 64
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError unless both sides are multiples of 8 and at least 64."""
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, int) or side % 8 or side < SMALLEST_SIDE:
+            nearest = max(SMALLEST_SIDE, round(side / 8) * 8) if isinstance(side, int | float) else SMALLEST_SIDE
+            raise ValueError(f"{name} {side!r} is not a multiple of 8 from {SMALLEST_SIDE} up; nearest: {nearest}")
+
+
+def check_sampling(steps: int, guidance_scale: float, guidance_rescale: float, prefix: str = "") -> None:
+    """Raises ValueError for a number of steps or a guidance that means nothing."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{prefix}num_inference_steps {steps!r} is not a positive whole number; 10 to 30 are usual")
+    if not math.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"{prefix}guidance_scale {guidance_scale} is not a number from 0 up; 1 switches guidance off")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale {guidance_rescale} is outside [0, 1]; 0.7 is usual")
+
+
+def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
+    """The prompts as a list.
+
+    Raises:
+        ValueError: not a string or list of strings, or an empty list.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"{name} is {type(prompt).__name__}; give a string or a list of strings")
+    if not prompts:
+        raise ValueError(f"{name} is an empty list; give at least one, '' for no text")
+    return list(prompts)
+
+
+def check_count(num_images_per_prompt: int) -> None:
+    """Raises ValueError unless it is a positive whole number."""
+    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt {num_images_per_prompt!r} is not a positive whole number")
+
+
+def resolve_generator(generator: Generator | Sequence[Generator] | None, images: int) -> Generators:
+    """One generator for the batch, or one per image; a fresh one where none is given, so that nothing global moves.
+
+    Raises:
+        ValueError: a list whose length is not the number of images.
+    """
+    if generator is None:
+        fresh = torch.Generator()
+        fresh.seed()
+        return fresh
+    if isinstance(generator, Generator):
+        return generator
+    if len(generator) != images:
+        raise ValueError(f"generator is a list of {len(generator)} for {images} images; give one, or one per image")
+    return list(generator)
+
+
+def default_side(resolution_multiple: float) -> int:
+    """The side of a square picture that a cascade was trained on: 1024 px, or 64 px for the embedded one."""
+    return 1024 if resolution_multiple > 32 else 64
+
+
+def semantic_size(height: int, width: int, resolution_multiple: float) -> tuple[int, int]:
+    """Sides of the semantic latents of a picture."""
+    return math.ceil(height / resolution_multiple), math.ceil(width / resolution_multiple)
+
+
+def vq_size(height: int, width: int, *, stride: int = 4, patch: int = 2) -> tuple[int, int]:
+    """Sides of Stage A's latents of a picture, rounded up to whole patches; the picture is cropped afterwards."""
+    return tuple(math.ceil(math.ceil(side / stride) / patch) * patch for side in (height, width))  # type: ignore[return-value]

@@ -1,0 +1,84 @@
+"""What pipelines return, and pictures in the form that the caller asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image, ImageOps
+from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class StableCascadePriorPipelineOutput(BaseOutput):
+    """Semantic latents, under diffusers' name, and the text embeddings they were made from.
+
+    Shapes: image_embeddings (B, 16, h, w), prompt_embeds (B, L, D), prompt_embeds_pooled (B, 1, P); the negative ones
+    are the same, or None without guidance.
+    """
+
+    image_embeddings: Any
+    prompt_embeds: Any
+    prompt_embeds_pooled: Any
+    negative_prompt_embeds: Any = None
+    negative_prompt_embeds_pooled: Any = None
+
+
+def check_output_type(output_type: str, allowed: tuple[str, ...] = OUTPUT_TYPES) -> None:
+    """Raises ValueError for an output type that does not exist."""
+    if output_type not in allowed:
+        raise ValueError(f"output_type '{output_type}' is not one of {', '.join(allowed)}")
+
+
+def to_pictures(pixels: Tensor, output_type: str) -> Any:
+    """Pixels in [0, 1] as PIL pictures, a numpy array (B, H, W, 3) or the tensor itself."""
+    pixels = pixels.float().clamp(0, 1)
+    if output_type == "pt":
+        return pixels
+    array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+
+
+def to_pixels(images: Any, name: str = "images") -> Tensor:
+    """One batch of float32 pixels in [0, 1] from a picture or several: PIL, arrays (H, W, 3), tensors (3, H, W).
+
+    Shapes: -> (B, 3, H, W).
+
+    Raises:
+        ValueError: something else, no picture at all, or pictures of different sizes.
+    """
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, list | tuple):
+        images = [images]
+    if not images:
+        raise ValueError(f"{name} is empty; give at least one picture")
+    pictures = [_pixels(image, name) for image in images]
+    sizes = {tuple(picture.shape[1:]) for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"{name} have different sizes {sorted(sizes)}; resize them or pass them one by one")
+    return torch.stack(pictures)
+
+
+def _pixels(image: Any, name: str) -> Tensor:
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        array = np.asarray(image.convert("RGB"), np.float32) / 255
+        return torch.from_numpy(array).permute(2, 0, 1)
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3:
+        scale = 255 if image.dtype == np.uint8 else 1
+        return torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1)
+    if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point():
+        return image.float()
+    what = f"{type(image).__name__} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+    raise ValueError(f"{name} holds {what}; give PIL pictures, arrays (H, W, 3) or float tensors (3, H, W) in [0, 1]")

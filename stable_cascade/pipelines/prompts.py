@@ -1,0 +1,146 @@
+"""From the prompt arguments of a call to embedded text, the same for every pipeline."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_cascade.models.clip_image import clip_pixels
+from stable_cascade.models.text import cut_captions, encode_prompts
+
+from .inputs import prompt_list
+from .outputs import to_pixels
+from .sampling import Text, repeat_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptArguments:
+    """What a caller may say about the text; checked when made.
+
+    Raises:
+        ValueError: nothing or two things given for one role, half of a pair, or lengths that differ.
+    """
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: Tensor | None = None
+    prompt_embeds_pooled: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_embeds_pooled: Tensor | None = None
+    pooled_only: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_role("", self.prompt, self.prompt_embeds, self.prompt_embeds_pooled)
+        if self.prompt is None and self.prompt_embeds_pooled is None:
+            raise ValueError("prompt is missing; give prompt, or prompt_embeds with prompt_embeds_pooled")
+        pooled = self.negative_prompt_embeds_pooled
+        self._check_role("negative_", self.negative_prompt, self.negative_prompt_embeds, pooled)
+        for name, value in (("negative_prompt", self.negative_prompt), ("negative_prompt_embeds_pooled", pooled)):
+            length = 1 if value is None or isinstance(value, str) else len(value)
+            if length not in (1, self.count):
+                raise ValueError(f"{name} has {length} entries for {self.count} prompts; give one, or one per prompt")
+
+    def _check_role(self, sign: str, prompt: Any, embeds: Tensor | None, pooled: Tensor | None) -> None:
+        if prompt is not None:
+            prompt_list(prompt, f"{sign}prompt")
+            if embeds is not None or pooled is not None:
+                raise ValueError(f"{sign}prompt and {sign}prompt_embeds are both given; give one of them")
+        elif (embeds is None) != (pooled is None) and not (self.pooled_only and pooled is not None):
+            raise ValueError(f"{sign}prompt_embeds and {sign}prompt_embeds_pooled go together; give both")
+        elif embeds is not None and pooled is not None and len(embeds) != len(pooled):
+            raise ValueError(f"{sign}prompt_embeds has {len(embeds)} rows, {sign}prompt_embeds_pooled {len(pooled)}")
+
+    def prompts(self) -> list[str]:
+        """The prompts as a list; empty where embeddings are given."""
+        return [] if self.prompt is None else prompt_list(self.prompt)
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return len(self.prompts()) or len(self.prompt_embeds_pooled)  # type: ignore[arg-type]
+
+    def for_count(self, count: int) -> PromptArguments:
+        """The same text, one prompt repeated for `count` pictures.
+
+        Raises:
+            ValueError: neither one prompt nor `count` of them.
+        """
+        if self.count == count:
+            return self
+        if self.count != 1:
+            raise ValueError(f"prompt has {self.count} entries for {count} pictures; give one, or one per picture")
+        if self.prompt is not None:
+            return replace(self, prompt=self.prompts() * count)
+        pooled = self.prompt_embeds_pooled
+        assert pooled is not None
+        return replace(self, prompt_embeds_pooled=pooled.repeat_interleave(count, dim=0))
+
+    def negatives(self) -> list[str]:
+        """One negative prompt per prompt, empty where none is given."""
+        given = prompt_list(self.negative_prompt if self.negative_prompt is not None else "", "negative_prompt")
+        return given * self.count if len(given) == 1 else given
+
+
+def encode(
+    arguments: PromptArguments,
+    text_encoder: Any,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    guided: bool,
+    copies: int = 1,
+) -> Text:
+    """The text of a call, one row per image.
+
+    Raises:
+        ValueError: something has to be encoded and the pipeline has no text encoder.
+    """
+    to_negate = guided and arguments.negative_prompt_embeds_pooled is None
+    texts = arguments.prompts() + (arguments.negatives() if to_negate else [])
+    if texts and text_encoder is None:
+        raise ValueError("this pipeline has no text_encoder; give prompt_embeds and negative_prompt_embeds")
+    for cut in cut_captions(tokenizer, texts) if texts else []:
+        limit = tokenizer.model_max_length
+        logger.warning("prompt is longer than %d tokens, what is beyond has no effect: '%s'", limit, cut)
+    given: list[Any] = [arguments.prompt_embeds, arguments.prompt_embeds_pooled]
+    negative: list[Any] = [None, None]
+    if guided:
+        negative = [arguments.negative_prompt_embeds, arguments.negative_prompt_embeds_pooled]
+    if texts:
+        hidden, pooled, _ = encode_prompts(text_encoder, tokenizer, texts, device)
+        own = len(arguments.prompts())
+        given = [hidden[:own], pooled[:own]] if own else given
+        negative = [hidden[own:], pooled[own:]] if len(texts) > own else negative
+    rows = [_row(row, arguments.count, device) for row in (*given, *negative)]
+    return repeat_text(Text(*rows), copies)  # type: ignore[arg-type]
+
+
+def embed_images(images: Any, image_encoder: Any, device: torch.device, *, count: int) -> Tensor:
+    """CLIP's embeddings of the reference pictures, the same for every one of `count` images.
+
+    Shapes: n pictures -> (count, n, D).
+
+    Raises:
+        ValueError: the pipeline has no image encoder.
+    """
+    if image_encoder is None:
+        raise ValueError("images need an image_encoder, and this pipeline has none; give image_embeds")
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    size = image_encoder.config.image_size
+    pixels = torch.cat([clip_pixels(to_pixels(image), size) for image in images])
+    embeds = image_encoder(pixel_values=pixels.to(device, image_encoder.dtype)).image_embeds
+    return embeds[None].expand(count, -1, -1)
+
+
+def _row(row: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    """Given embeddings on the device, one row per prompt; pooled ones may come without the middle axis."""
+    if row is None:
+        return None
+    row = row[:, None] if row.ndim == 2 else row
+    return row.to(device).expand(count, -1, -1) if len(row) == 1 else row.to(device)
