@@ -1,0 +1,40 @@
+"""Every setting of every trainer: flat keys as the training guide writes them, checked before any weight is read."""
+
+from stable_cascade.config.loading import ConfigError, load_config, make_config, run_main
+from stable_cascade.config.reference import documentation, help_text, reference
+from stable_cascade.config.settings import (
+    TRAINERS,
+    CLIPConfig,
+    ControlNetConfig,
+    DecoderConfig,
+    GenerateConfig,
+    ImageEncoderConfig,
+    LoraConfig,
+    OptimizerSettings,
+    RunSettings,
+    TextToImageConfig,
+    TrainingSettings,
+    VQGANConfig,
+)
+
+__all__ = [
+    "TRAINERS",
+    "CLIPConfig",
+    "ConfigError",
+    "ControlNetConfig",
+    "DecoderConfig",
+    "GenerateConfig",
+    "ImageEncoderConfig",
+    "LoraConfig",
+    "OptimizerSettings",
+    "RunSettings",
+    "TextToImageConfig",
+    "TrainingSettings",
+    "VQGANConfig",
+    "documentation",
+    "help_text",
+    "load_config",
+    "make_config",
+    "reference",
+    "run_main",
+]

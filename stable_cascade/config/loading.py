@@ -1,0 +1,205 @@
+"""From a file and the command line to a checked config."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from stable_cascade.config.reference import documentation, help_text, kind_text, kinds
+from stable_cascade.config.rules import problems, resolve
+from stable_cascade.config.settings import TRAINERS, GenerateConfig
+
+Config = TypeVar("Config")
+
+_ELSEWHERE: dict[str, str] = {
+    "learning_rate": "lr", "train_batch_size": "batch_size", "max_train_steps": "updates", "resolution": "image_size",
+    "gradient_accumulation_steps": "grad_accum_steps", "output_dir": "output_path", "report_to": "tracker",
+    "checkpointing_steps": "save_every", "lr_warmup_steps": "warmup_updates", "lora_rank": "rank",
+    "resume_from_checkpoint": "resume", "train_data_dir": "dataset_name", "snr_gamma": "min_snr_gamma",
+    "noise_offset": "offset_noise", "validation_prompt": "validation_prompts", "lora_layers": "module_filters",
+    "dataloader_num_workers": "num_workers", "mixed_precision": "dtype",
+}  # fmt: skip
+"""Words of other trainers and ours for the same thing, for the message about an unknown key."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; one line that names the key, the value and the remedy."""
+
+
+def load_config(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The config of a trainer from `[--config] FILE` and `--key value` overrides, checked.
+
+    Args:
+        cls: the trainer's dataclass.
+        argv: the arguments without the program's name; absent: those of this process.
+
+    Raises:
+        ConfigError: a key is unknown, missing or has an impossible value; one line with the remedy.
+        SystemExit: `--help` was asked for and printed.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        sys.stdout.write(help_text(cls) + "\n")
+        raise SystemExit(0)
+    path, overrides = split_arguments(cls, arguments)
+    given = {key: (value, path or "") for key, value in read_yaml(path).items()} if path else {}
+    for key, value in overrides.items():
+        name, _, part = key.partition(".")
+        present = given[name][0] if name in given and isinstance(given[name][0], dict) else {}
+        given[name] = ({**present, part: value} if part else value, "command line")
+    return make_config(cls, given)
+
+
+def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
+    """The checked config of the given values, each with the place it comes from.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    node = OmegaConf.structured(cls)
+    for key, (value, source) in given.items():
+        if key not in kinds(cls):  # type: ignore[arg-type]
+            raise ConfigError(f"{source}: unknown key {key!r} (value {_short(value)}); {_nearest_key(cls, key)}")
+        try:
+            OmegaConf.update(node, key, value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"{source}: {key}: {_short(value)} is not allowed; {_expected(cls, key, value)}"
+            ) from error
+    missing = [key for key in node if OmegaConf.is_missing(node, key)]
+    if missing:
+        meaning = documentation(cls)[str(missing[0])]  # type: ignore[arg-type]
+        raise ConfigError(f"{cls.__name__}: missing {', '.join(map(str, missing))}; set {missing[0]}: {meaning}")
+    try:
+        config: Any = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "config")
+        raise ConfigError(f"{cls.__name__}: {key}: {str(error).splitlines()[0]}") from error
+    for key, clause in problems(config):
+        source = given[key][1] if key in given else cls.__name__
+        raise ConfigError(f"{source}: {key}: {_short(getattr(config, key))} {clause}")
+    resolve(config)
+    return config
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The keys and values of a config file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not YAML of the form `key: value`.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        hint = _nearest(Path(path).name, [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else [])
+        raise ConfigError(f"--config {path}: no such file{hint}")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config {path}: must be lines of the form `key: value`")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The path of the config file, if any, and the overrides as values.
+
+    Raises:
+        ConfigError: an argument has no value, or is neither a key nor the config file.
+    """
+    path: str | None = None
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if path is not None:
+                raise ConfigError(
+                    f"command line: {word!r} is neither a `--key` nor the config file; write `--key {word}`"
+                )
+            path = word
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals and rest and not rest[0].startswith("--"):
+            value, equals = rest.pop(0), "="
+        if key == "config":
+            if not value or path is not None:
+                raise ConfigError("command line: --config takes one file, once")
+            path = value
+        elif equals:
+            overrides[key] = _parse(value)
+        elif kinds(cls).get(key) is bool:
+            overrides[key] = True
+        else:
+            hint = "set it as `--key value`" if key in kinds(cls) else _nearest_key(cls, key)
+            raise ConfigError(f"command line: --{key} has no value; {hint}")
+    return path, overrides
+
+
+def _parse(text: str) -> Any:
+    """A value of the command line, read as YAML reads it."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        loaded: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (YAMLError, ValueError):
+        return text
+    if isinstance(loaded["value"], dict) and not text.lstrip().startswith("{"):
+        return text  # a sentence with a colon, such as a prompt or `lambda s: s > 4.5`
+    return loaded["value"]
+
+
+def run_main(main: Callable[[], Any]) -> Any:
+    """What `main()` returns; an error in the user's input is printed in one line, and the process exits with status 2.
+
+    With STABLE_CASCADE_TRACEBACK=1 in the environment the traceback is kept.
+    """
+    try:
+        return main()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("STABLE_CASCADE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+def _expected(cls: type, key: str, value: Any) -> str:
+    """What a key takes, with the nearest of its choices."""
+    kind = kinds(cls)[key]
+    choices = [c for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
+    hint = _nearest(str(value), [str(choice) for choice in choices])
+    return f"{key} takes {kind_text(cls, key)}{hint}"
+
+
+def _nearest_key(cls: type, key: str) -> str:
+    """The remedy for an unknown key: our word for it, the config that has it, or the nearest spelling."""
+    keys = list(kinds(cls))
+    if _ELSEWHERE.get(key) in keys:
+        return f"here it is called {_ELSEWHERE[key]!r}"
+    owners = [trainer.__name__ for trainer in (*TRAINERS, GenerateConfig) if key in kinds(trainer)]
+    if owners:
+        return f"it belongs to {', '.join(owners)}, not to {cls.__name__}"
+    return _nearest(key, keys).removeprefix("; ") or "--help lists the keys"
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    """`; nearest: 'choice'`, or nothing when none is near."""
+    found = difflib.get_close_matches(word, choices, 1, 0.5)
+    return f"; nearest: {found[0]!r}" if found else ""
+
+
+def _short(value: Any) -> str:
+    """A value as one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,257 @@
+"""The state of a run: the objects that train, what is saved of them and how it is taken up again."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_cascade.config import TrainingSettings
+from stable_cascade.training import checkpoints, sharding, tracking
+from stable_cascade.training.ema import MovingAverage, averaged, trainable
+from stable_cascade.training.optimizers import build_optimizer
+
+SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
+PreviewFunction = Callable[[Path, nn.Module, int, "dict[str, Tensor] | None"], "Sequence[Path] | None"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    samples_seen: int
+    finished: bool
+    loss: float | None
+    checkpoint: Path | None
+    export: Path | None
+    broken: int
+
+
+@dataclass
+class Figures:
+    """What one step computed on this process; tensors stay on the device until somebody reads them."""
+
+    step: int
+    losses: Tensor
+    keys: list[str]
+    broken: int
+    noise_levels: Tensor | None
+    unweighted: Tensor | None
+    status: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The model in one piece, on the main process."""
+
+    model: nn.Module
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    ema: dict[str, Tensor] | None
+
+
+def reads_late(config: TrainingSettings, device: torch.device) -> bool:
+    """Whether the host may ask one step later whether a step was good.
+
+    It needs an optimizer that leaves the weights alone on the device's own word, which the fused AdamW does.
+    """
+    return device.type == "cuda" and config.optimizer == "adamw"
+
+
+class Run:
+    """The state of one call of `train`: what a checkpoint holds, and the objects that carry it."""
+
+    def __init__(
+        self,
+        config: TrainingSettings,
+        accelerator: Any,
+        model: nn.Module,
+        stateful: dict[str, Any],
+        save_fn: SaveFunction,
+        preview_fn: PreviewFunction,
+    ):
+        tracking.check_launch(config, accelerator)
+        if not trainable(model):
+            raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+        if accelerator.device.type == "cpu":
+            torch.set_flush_denormal(True)  # denormal numbers cost tens of times the time of ordinary ones
+        self.config, self.accelerator, self.stateful = config, accelerator, stateful
+        self.save_fn, self.preview_fn = save_fn, preview_fn
+        model.train()
+        self.network = model
+        self.sharded = sharding.is_sharded(accelerator)
+        self.blueprint = sharding.blueprint(model) if self.sharded else None
+        self.plain_optimizer: Any = build_optimizer(config, list(trainable(model).values()))
+        self.model, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
+        self.trained = self.model if self.sharded else model
+        self.reads_late = not self.sharded and reads_late(config, accelerator.device)
+        self.ema: MovingAverage | None = None
+        if config.ema_beta is not None:
+            self.ema = MovingAverage(
+                self.trained, beta=config.ema_beta, start=config.ema_start_iters or 0, every=config.ema_iters or 1
+            )
+        self.step = self.samples_seen = self.broken = 0
+        self.rate = 0.0
+        self.loss: float | None = None
+        self.tracker_run = os.urandom(6).hex()
+        self.checkpoint: Path | None = None
+        self.window: list[Tensor] = []
+        self.pictures = tracking.picture_folder(config)
+        self.folder = checkpoints.run_folder(config)
+
+    def restore(self) -> None:
+        """Take up the checkpoint that the config means, if there is one."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            if self.folder.exists():
+                checkpoints.sweep(self.folder)
+            if self.config.resume == "never" and (aside := checkpoints.set_aside(self.folder)):
+                self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
+            found = [checkpoints.find_checkpoint(self.config)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[0] is not None:
+            self._load(found[0])
+        self.progress = tracking.Progress(self.config, self.step, shown=self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            self.log_file = tracking.LogFile(self.pictures, self.step)
+
+    def _load(self, folder: Path) -> None:
+        """Put the contents of a checkpoint in place."""
+        contents = checkpoints.read_checkpoint(folder, self.config)
+        expected = self._changing()
+        if set(contents.weights) != expected:
+            odd = sorted(set(contents.weights) ^ expected)[0]
+            raise ValueError(f"checkpoint {folder} and the model differ in '{odd}'; resume with the same settings")
+        if self.sharded:
+            if self.ema is not None and contents.ema is not None:
+                sharding.spread_weights(self.model, contents.ema)
+                self.ema.take(self.trained)
+            sharding.spread_weights(self.model, contents.weights)
+            sharding.spread_optimizer(self.model, self.plain_optimizer, contents.optimizer["optimizer"])
+        else:
+            self.network.load_state_dict(contents.weights, strict=False)
+            self.optimizer.load_state_dict(contents.optimizer["optimizer"])
+            if self.ema is not None and contents.ema is not None:
+                self.ema.load_state_dict(contents.ema)
+        if self.accelerator.scaler is not None and contents.optimizer["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(contents.optimizer["scaler"])
+        for name, thing in self.stateful.items():
+            if name not in contents.stateful:
+                raise ValueError(f"checkpoint {folder} has no state of '{name}'; resume with the same settings")
+            thing.load_state_dict(contents.stateful[name])
+        self.step, self.samples_seen, self.checkpoint = contents.step, contents.samples_seen, folder
+        self.tracker_run = contents.tracker_run
+        self.accelerator.print(f"{self.config.experiment_id}: resuming after step {self.step} from {folder}")
+
+    def _changing(self) -> set[str]:
+        """Names of what training changes in the model: parameters that train, and buffers (running statistics)."""
+        model = self.blueprint if self.blueprint is not None else self.network
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        return set(model.state_dict()) - frozen
+
+    @property
+    def backup_due(self) -> bool:
+        """Whether this step's checkpoint is also kept as a backup."""
+        return bool(self.config.backup_every) and self.step % (self.config.backup_every or 1) == 0
+
+    def count(self, figures: Figures) -> None:
+        """Account for a step that was done."""
+        self.samples_seen += self.config.batch_size
+        self.broken += figures.broken
+        assert figures.status is not None
+        self.window.append(figures.status[0])
+        self.progress.advance()
+
+    def log(self, last: bool) -> None:
+        """Every `log_every` steps, read the losses since the last time and tell them."""
+        if self.step % self.config.log_every and not last:
+            return
+        losses, self.window = torch.stack(self.window), []
+        if not self.accelerator.is_main_process:
+            return
+        self.loss = losses.mean().item() / self.accelerator.num_processes
+        speed = self.progress.speed(self.step)
+        self.progress.show(loss=self.loss, lr=self.rate, speed=speed)
+        figures = {
+            "loss": self.loss, "lr": self.rate, "samples_per_second": speed, "samples_seen": self.samples_seen,
+            "broken": self.broken,
+        }  # fmt: skip
+        self.log_file.write({"step": self.step, **figures})
+        self.accelerator.log(figures, step=self.step)
+
+    def gather(self) -> Whole:
+        """The model and its moving average in one piece; with a sharded model every process must take part."""
+        if self.blueprint is None:
+            ema = self.ema.state_dict() if self.ema is not None else None
+            return Whole(self.network, self.network.state_dict(), self.optimizer.state_dict(), ema)
+        weights = sharding.gather_weights(self.model)
+        state = sharding.gather_optimizer(self.model, self.plain_optimizer)
+        ema = None
+        if self.ema is not None:
+            with averaged(self.trained, self.ema):
+                ema = sharding.gather_weights(self.model)
+        if not self.accelerator.is_main_process:
+            return Whole(self.network, {}, {}, None)
+        names = set(trainable(self.blueprint))
+        ema = {name: weight.float() for name, weight in ema.items() if name in names} if ema is not None else None
+        return Whole(sharding.build(self.blueprint, weights, self.accelerator.device), weights, state, ema)
+
+    def save(self, whole: Whole) -> None:
+        """Write the checkpoint of this step, back it up when due, delete the oldest."""
+        target = self.folder / f"step-{self.step:08d}"
+        if self.accelerator.is_main_process:
+            changing, scaler = self._changing(), self.accelerator.scaler
+            contents = checkpoints.RunContents(
+                step=self.step,
+                samples_seen=self.samples_seen,
+                tracker_run=self.tracker_run,
+                weights={name: weight for name, weight in whole.weights.items() if name in changing},
+                optimizer={"optimizer": whole.optimizer, "scaler": scaler.state_dict() if scaler else None},
+                stateful={name: thing.state_dict() for name, thing in self.stateful.items()},
+                ema=whole.ema,
+            )
+            export = functools.partial(self._export, whole)
+            checkpoints.write_checkpoint(target, contents, self.config, export)
+            if self.backup_due:
+                checkpoints.keep_backup(target)
+            checkpoints.rotate(self.folder, self.config.checkpoints_total_limit)
+        self.checkpoint = target
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, whole: Whole, folder: Path) -> None:
+        """Write the model in its own format."""
+        self.save_fn(folder, whole.model, whole.ema)
+
+    def preview(self, whole: Whole) -> None:
+        """Draw the preview sheets, with the networks in evaluation mode and back in training mode after it."""
+        if self.accelerator.is_main_process:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            whole.model.eval()
+            with torch.no_grad(), torch.random.fork_rng():
+                drawn = self.preview_fn(self.pictures, whole.model, self.step, whole.ema)
+            whole.model.train()
+            tracking.log_pictures(self.accelerator, [Path(path) for path in drawn or ()], self.step)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> TrainResult:
+        """Write the final export, and say how the run ended."""
+        final, whole = self.folder / "final", self.gather()
+        if self.accelerator.is_main_process:
+            checkpoints.write_folder(final, functools.partial(self._export, whole))
+        self.accelerator.wait_for_everyone()
+        return TrainResult(self.step, self.samples_seen, True, self.loss, self.checkpoint, final, self.broken)
+
+    def interrupted(self) -> TrainResult:
+        """How a run ended that a signal stopped; its checkpoint is written already."""
+        self.accelerator.print(f"stopped after step {self.step}; the same command resumes from {self.checkpoint}")
+        return TrainResult(self.step, self.samples_seen, False, self.loss, self.checkpoint, None, self.broken)

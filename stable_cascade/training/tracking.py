@@ -1,0 +1,156 @@
+"""What a run tells while it runs: the accelerator's trackers, a log file, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stable_cascade.config import TrainingSettings
+from stable_cascade.training.sharding import is_sharded
+
+
+def make_accelerator(config: TrainingSettings, **options: Any) -> Any:
+    """An `accelerate.Accelerator` with the trackers that the config names.
+
+    Processes, precision and sharding come from the accelerate config that the run is launched with.
+    """
+    from accelerate import Accelerator
+
+    trackers = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "all": ["wandb", "tensorboard"]}
+    names = trackers.get(config.tracker or "none", [])
+    return Accelerator(log_with=names or None, project_dir=str(picture_folder(config)), **options)
+
+
+def picture_folder(config: TrainingSettings) -> Path:
+    """The folder of the run's previews and logs."""
+    return Path(config.output_path) / config.experiment_id
+
+
+def check_launch(config: TrainingSettings, accelerator: Any) -> None:
+    """Refuse a launch that contradicts the config.
+
+    Raises:
+        ValueError: `use_fsdp` and the accelerate config disagree, or the processes do not divide the batch.
+    """
+    sharded = is_sharded(accelerator)
+    if config.use_fsdp and not sharded:
+        raise ValueError(
+            f"use_fsdp: True, but accelerate runs {accelerator.distributed_type.value}; launch with "
+            "`accelerate launch --config_file accelerate_configs/fsdp.yaml`, or set use_fsdp: False"
+        )
+    if sharded and not config.use_fsdp:
+        raise ValueError("accelerate runs FSDP, but use_fsdp is False; set use_fsdp: True or launch another config")
+    parts = config.grad_accum_steps * accelerator.num_processes
+    if config.batch_size % parts:
+        nearest = max(parts, round(config.batch_size / parts) * parts)
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by grad_accum_steps {config.grad_accum_steps} x "
+            f"{accelerator.num_processes} processes; nearest: {nearest}"
+        )
+
+
+def start_trackers(config: TrainingSettings, accelerator: Any, run: str) -> None:
+    """Open the trackers; Weights & Biases works offline when nobody is logged in, and says so.
+
+    Args:
+        run: the tracker's name of this run, by which a resumed run continues its curves.
+    """
+    if not accelerator.log_with:
+        return
+    wandb: dict[str, Any] = {
+        "name": config.experiment_id,
+        "entity": config.wandb_entity,
+        "id": run,
+        "resume": "allow",
+        "dir": str(picture_folder(config)),
+    }
+    if config.tracker in ("wandb", "all") and not _logged_in():
+        accelerator.print(
+            "Weights & Biases: not logged in, so the run is logged offline (`wandb sync` uploads it later)"
+        )
+        wandb["mode"] = "offline"
+    picture_folder(config).mkdir(parents=True, exist_ok=True)
+    plain = {
+        key: value if isinstance(value, (int, float, bool)) else str(value) for key, value in asdict(config).items()
+    }
+    project = config.wandb_project or config.experiment_id
+    accelerator.init_trackers(project, config=plain, init_kwargs={"wandb": wandb})
+
+
+def _logged_in() -> bool:
+    """Whether Weights & Biases knows what to do without asking."""
+    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def log_pictures(accelerator: Any, pictures: list[Path], step: int) -> None:
+    """Send preview sheets to the trackers."""
+    if not accelerator.trackers or not pictures:
+        return
+    import numpy as np
+    from PIL import Image
+
+    loaded = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in pictures}
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(loaded, step=step)
+
+
+class LogFile:
+    """`log.jsonl`: one line of figures per `log_every` steps; a resumed run replaces the lines it repeats."""
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, figures: dict[str, float]) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+class Progress:
+    """A progress bar with loss, learning rate, samples per second and the remaining time."""
+
+    def __init__(self, config: TrainingSettings, step: int, *, shown: bool):
+        from tqdm import tqdm
+
+        interval = 0.2 if os.isatty(2) else 15.0  # a log file needs no line per refresh
+        self.bar = tqdm(
+            total=config.updates, initial=step, disable=not shown, desc=config.experiment_id, unit="step",
+            mininterval=interval, maxinterval=max(10.0, interval), dynamic_ncols=True,
+        )  # fmt: skip
+        self.batch_size = config.batch_size
+        self.mark = (time.perf_counter(), step)
+
+    def advance(self) -> None:
+        """One step more."""
+        self.bar.update()
+
+    def speed(self, step: int) -> float:
+        """Samples per second since the last call."""
+        now = time.perf_counter()
+        seconds, steps = now - self.mark[0], step - self.mark[1]
+        self.mark = (now, step)
+        return steps * self.batch_size / max(seconds, 1e-9)
+
+    def show(self, *, loss: float, lr: float, speed: float) -> None:
+        """Refresh the figures behind the bar."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} samples/s", refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
