@@ -1,0 +1,79 @@
+"""Trains Stage B, image reconstruction: `accelerate launch examples/train_decoder.py --config FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stable_cascade import build
+from stable_cascade.config import DecoderConfig, load_config, run_main
+from stable_cascade.models.text import encode_prompts
+from stable_cascade.objectives.decoder import decoder_loss
+from stable_cascade.previews import decoder_previews
+from stable_cascade.training.ema import averaged
+from stable_cascade.training.loop import train
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the config, trains, writes `decoder/` (the moving average where there is one) in diffusers layout."""
+    config = load_config(DecoderConfig, argv)
+    plan = build.plan(config, trains="decoder", needs=["decoder", "vqgan", "semantic_encoder"])
+    if config.check:
+        print(plan)
+        return
+    index = build.samples(config)
+    accelerator = build.launch(config, plan)
+    device, dtype = accelerator.device, getattr(torch, config.dtype)
+
+    encoder = build.frozen(config, "semantic_encoder", device)
+    vqgan = build.frozen(config, "vqgan", device)
+    tokenizer, text_encoder = build.text_encoder(config, dtype=dtype)
+    text_encoder.to(device)
+    decoder = build.network(config, "decoder")
+    if config.gradient_checkpointing:
+        decoder.enable_gradient_checkpointing()
+    weighting = build.loss_weight(config)
+    batches = build.batches(config, index, accelerator, factor=encoder.stride)
+
+    def loss_fn(model, batch):
+        return decoder_loss(
+            model,
+            batch.pixels.to(device),
+            batch.captions,
+            batch.seeds,
+            batch.step_seed,
+            encode_vq=lambda pixels: vqgan.encode(pixels).latents / vqgan.config.scale_factor,
+            encode_semantic=encoder,
+            embed_text=lambda captions: encode_prompts(text_encoder, tokenizer, captions, device)[1],
+            weight=weighting.weight,
+            stride=encoder.stride,
+            prediction_type=config.prediction_type,
+            pyramid=config.pyramid_noise,
+            shift=config.shift,
+            caption_dropout=config.caption_dropout,
+            effnet_dropout=config.effnet_dropout,
+            effnet_min_scale=config.effnet_min_scale,
+            effnet_interpolation=config.effnet_interpolation,
+            effnet_noise=config.effnet_noise,
+        )
+
+    def save_fn(directory: Path, model, ema) -> None:
+        with averaged(model, ema):
+            model.save_pretrained(directory / "decoder")
+
+    train(
+        config,
+        accelerator,
+        model=decoder,
+        batches=batches,
+        loss_fn=loss_fn,
+        save_fn=save_fn,
+        preview_fn=decoder_previews(config, device, batches, encoder, vqgan),
+        stateful=weighting.stateful,
+        after_step=weighting.after_step,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

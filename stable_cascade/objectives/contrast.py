@@ -1,0 +1,53 @@
+"""CLIP: pictures and their captions side by side, every other pair in the batch as a counterexample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TwoTowers(nn.Module):
+    """A text and an image encoder with a learned temperature.
+
+    Source: Radford et al. 2021, figure 3.
+    """
+
+    def __init__(self, text_encoder: nn.Module, image_encoder: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.image_encoder = image_encoder
+        self.tokenizer = tokenizer
+        self.log_temperature = nn.Parameter(torch.tensor(2.659))
+
+    def forward(self, clip_pixels: Tensor, captions: Sequence[str]) -> Tensor:
+        """Scaled similarities of every picture with every caption.
+
+        Shapes: (B, 3, S, S) normalised pixels and B captions -> (B, B), row = picture.
+        """
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, return_tensors="pt",
+            max_length=self.tokenizer.model_max_length,
+        ).to(clip_pixels.device)  # fmt: skip
+        text = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds
+        image = self.image_encoder(pixel_values=clip_pixels).image_embeds
+        scale = self.log_temperature.exp().clamp(max=100)
+        return scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+
+
+def contrastive_loss(model: nn.Module, clip_pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Cross entropy both ways; pairs that share a caption count as right answers together.
+
+    Shapes: (B, 3, S, S), B captions -> `loss` (B,).
+    """
+    similarity = model(clip_pixels, captions)
+    index = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    group = torch.tensor([index[caption] for caption in captions], device=similarity.device)
+    same = (group[:, None] == group[None, :]).float()
+    wanted = same / same.sum(1, keepdim=True)
+    by_picture = F.cross_entropy(similarity, wanted, reduction="none")
+    by_caption = F.cross_entropy(similarity.T, wanted, reduction="none")
+    return {"loss": (by_picture + by_caption) / 2}
