@@ -22,7 +22,7 @@ TRAIN_ARGS = --config $(CONFIG) --checkpoint_path $(QUICKSTART) --output_path $(
 QUICKSTART_ARGS = $(TRAIN_ARGS) --output $(QUICKSTART)
 
 # Once installed, nothing below needs a network, and nothing may try.
-OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 RUN = $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
 
 .PHONY: help venv install install-test quality format test test-slow quickstart docs bench clean

@@ -37,7 +37,7 @@ EXTRAS = {
     "quant": ["bitsandbytes>=0.44", "torchao>=0.9"],
     "app": ["gradio>=5.0"],
     "tensorboard": ["tensorboard>=2.16"],
-    "embedded": ["resvg-py>=0.5"],
+    "embedded": ["resvg-py>=0.5", "matplotlib>=3.8"],
     "quality": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML>=6.0"],
     "test": ["pytest>=8.3", "pytest-xdist>=3.6", "s3fs>=2024.6", "tensorboard>=2.16"],
 }

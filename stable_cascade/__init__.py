@@ -37,6 +37,7 @@ _SUBMODULES = (
     "models",
     "objectives",
     "pipelines",
+    "previews",
     "schedulers",
     "training",
 )
