@@ -10,6 +10,7 @@ from stable_cascade import build
 from stable_cascade.config import DecoderConfig, load_config, run_main
 from stable_cascade.models.text import encode_prompts
 from stable_cascade.objectives.decoder import decoder_loss
+from stable_cascade.plan import plan_training
 from stable_cascade.previews import decoder_previews
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
@@ -18,7 +19,7 @@ from stable_cascade.training.loop import train
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `decoder/` (the moving average where there is one) in diffusers layout."""
     config = load_config(DecoderConfig, argv)
-    plan = build.plan(config, trains="decoder", needs=["decoder", "vqgan", "semantic_encoder"])
+    plan = plan_training(config, trains="decoder", needs=["decoder", "vqgan", "semantic_encoder"])
     if config.check:
         print(plan)
         return

@@ -10,6 +10,7 @@ from stable_cascade import build
 from stable_cascade.adapters import save_lora
 from stable_cascade.config import LoraConfig, load_config, run_main
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.plan import plan_training
 from stable_cascade.previews import prior_previews
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
@@ -18,7 +19,7 @@ from stable_cascade.training.loop import train
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`."""
     config = load_config(LoraConfig, argv)
-    plan = build.plan(config, trains="LoRA of the prior", needs=["prior", "semantic_encoder", "previewer"])
+    plan = plan_training(config, trains="LoRA of the prior", needs=["prior", "semantic_encoder", "previewer"])
     if config.check:
         print(plan)
         return

@@ -12,6 +12,7 @@ import torch
 from stable_cascade import build
 from stable_cascade.config import TextToImageConfig, load_config, run_main
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.plan import plan_training
 from stable_cascade.previews import prior_previews
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
@@ -20,7 +21,7 @@ from stable_cascade.training.loop import train
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `prior/` (the moving average where there is one) in diffusers layout."""
     config = load_config(TextToImageConfig, argv)
-    plan = build.plan(config, trains="prior", needs=["prior", "semantic_encoder", "previewer"])
+    plan = plan_training(config, trains="prior", needs=["prior", "semantic_encoder", "previewer"])
     if config.check:
         print(plan)
         return

@@ -25,15 +25,16 @@ LAYERS = {
     "training": 3,
     "pipelines": 3,
     "build": 4,
+    "plan": 4,
     "previews": 4,
     "cli": 5,
     "app": 5,
     "examples": 5,
     "benchmarks": 5,
 }
-# build.py and previews.py lie in one folder, the package's own; only in this direction, so that no circle arises.
-SAME_FOLDER = {("previews", "build")}
-MAY_IMPORT_CONFIG = {"training", "build", "previews", "cli", "examples", "benchmarks"}
+# These files lie in one folder, the package's own; only in this direction, so that no circle arises.
+SAME_FOLDER = {("previews", "build"), ("plan", "build")}
+MAY_IMPORT_CONFIG = {"training", "build", "plan", "previews", "cli", "examples", "benchmarks"}
 BANNED_MODULES = {"torchvision", "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 SHELLS = {"os.system", "os.popen", "commands.getoutput", "subprocess.getoutput", "subprocess.getstatusoutput"}
 

@@ -1,7 +1,7 @@
 """Puts trained parts together: the folder that Stages B and C train on, and at the end the embedded cascade.
 
-    python examples/embedded/assemble.py parts                 # -> outputs/embedded/cascade, what decoder and prior need
-    python examples/embedded/assemble.py cascade [--out DIR]   # -> stable_cascade/embedded, the whole, in float16
+python examples/embedded/assemble.py parts                 # -> outputs/embedded/cascade, what decoder and prior need
+python examples/embedded/assemble.py cascade [--out DIR]   # -> stable_cascade/embedded, the whole, in float16
 """
 
 from __future__ import annotations

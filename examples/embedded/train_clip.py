@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         processor.save_pretrained(directory / "feature_extractor")
 
-    train(config, accelerator, model=model, batches=batches, loss_fn=loss_fn, save_fn=save_fn, preview_fn=lambda *_: [])
+    train(
+        config, accelerator, model=model, batches=batches, loss_fn=loss_fn, save_fn=save_fn, preview_fn=lambda *_: []
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import nn
 from stable_cascade import build
 from stable_cascade.config import ImageEncoderConfig, load_config, run_main
 from stable_cascade.objectives.autoencoding import EncoderWithPreviewer, image_encoder_loss
+from stable_cascade.plan import plan_training
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
 from stable_cascade.training.sheets import preview_sheet
@@ -19,7 +20,7 @@ from stable_cascade.training.tracking import make_accelerator
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `semantic_encoder/` and `previewer/` in diffusers layout."""
     config = load_config(ImageEncoderConfig, argv)
-    plan = build.plan(config, trains="semantic_encoder, previewer", needs=["semantic_encoder", "previewer"])
+    plan = plan_training(config, trains="semantic_encoder, previewer", needs=["semantic_encoder", "previewer"])
     if config.check:
         print(plan)
         return
@@ -32,7 +33,11 @@ def main(argv: list[str] | None = None) -> None:
 
     def loss_fn(model: nn.Module, batch):
         return image_encoder_loss(
-            model, batch.pixels.to(accelerator.device), batch.seeds, stride=encoder.stride, latent_noise=config.latent_noise
+            model,
+            batch.pixels.to(accelerator.device),
+            batch.seeds,
+            stride=encoder.stride,
+            latent_noise=config.latent_noise,
         )
 
     def save_fn(directory: Path, model: EncoderWithPreviewer, ema) -> None:

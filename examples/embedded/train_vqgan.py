@@ -9,6 +9,7 @@ import torch
 from stable_cascade import build
 from stable_cascade.config import VQGANConfig, load_config, run_main
 from stable_cascade.objectives.autoencoding import Autoencoder, latent_scale, vqgan_loss
+from stable_cascade.plan import plan_training
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
 from stable_cascade.training.sheets import preview_sheet
@@ -18,7 +19,7 @@ from stable_cascade.training.tracking import make_accelerator
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `vqgan/` in diffusers layout with its latent scale measured."""
     config = load_config(VQGANConfig, argv)
-    plan = build.plan(config, trains="vqgan", needs=["vqgan"])
+    plan = plan_training(config, trains="vqgan", needs=["vqgan"])
     if config.check:
         print(plan)
         return

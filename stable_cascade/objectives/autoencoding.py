@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def reconstruction_loss(rebuilt: Tensor, pixels: Tensor, *, square: float = 1.0,
 class Autoencoder(nn.Module):
     """Stage A as one forward pass: encode, optionally quantise, decode."""
 
-    def __init__(self, vqgan: nn.Module):
+    def __init__(self, vqgan: Any):
         super().__init__()
         self.vqgan = vqgan
 
@@ -57,7 +59,7 @@ def vqgan_loss(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
 class EncoderWithPreviewer(nn.Module):
     """The image encoder and the previewer as one autoencoder with noise between them."""
 
-    def __init__(self, semantic_encoder: nn.Module, previewer: nn.Module):
+    def __init__(self, semantic_encoder: Any, previewer: Any):
         super().__init__()
         self.semantic_encoder = semantic_encoder
         self.previewer = previewer
@@ -88,7 +90,7 @@ def image_encoder_loss(
 
 
 @torch.no_grad()
-def latent_scale(vqgan: nn.Module, pictures: list[Tensor]) -> float:
+def latent_scale(vqgan: Any, pictures: list[Tensor]) -> float:
     """The standard deviation of Stage A's latents, `scale_factor` of a newly trained Stage A.
 
     Shapes: a list of (B, 3, H, W) -> one number.

@@ -50,9 +50,7 @@ def decoder_loss(
     """
     with torch.no_grad():
         clean = encode_vq(pixels).float()
-        small = shrink(
-            pixels, step_seed, stride=stride, smallest=effnet_min_scale, interpolation=effnet_interpolation
-        )
+        small = shrink(pixels, step_seed, stride=stride, smallest=effnet_min_scale, interpolation=effnet_interpolation)
         effnet = encode_semantic(small).float()
         effnet = effnet + semantic_noise(seeds, tuple(effnet.shape[1:]), effnet_noise).to(effnet)
         kept = ~chosen(seeds, "effnet", effnet_dropout)
@@ -61,9 +59,7 @@ def decoder_loss(
     noise = draw_noise(seeds, tuple(clean.shape[1:]), pyramid=pyramid).to(clean.device)
     log_snr = draw_log_snr(seeds, shift=shift).to(clean.device)
     return denoising_loss(
-        lambda noised, ratio: model(
-            noised, ratio, clip_text_pooled=pooled, effnet=effnet, return_dict=False
-        )[0],
+        lambda noised, ratio: model(noised, ratio, clip_text_pooled=pooled, effnet=effnet, return_dict=False)[0],
         clean,
         noise,
         log_snr,
