@@ -128,7 +128,8 @@ def network(config: Any, name: str, *, dtype: torch.dtype = torch.float32) -> An
     if where == SCRATCH:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            return cls(**preset(config, name)).to(dtype)
+            model = cls(**preset(config, name))
+        return model if dtype == torch.float32 else model.to(dtype)
     if Path(where).is_file():
         return cls.from_single_file(where, config=preset(config, name), torch_dtype=dtype)
     if Path(where).exists():

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from stable_cascade.config import OptimizerSettings, TrainingSettings
-from stable_cascade.training import MovingAverage, NonFiniteError, averaged, learning_rate_share, run
+from stable_cascade.training import MovingAverage, NonFiniteError, averaged, learning_rate_share, preview_sheet, run
 from stable_cascade.training.randomness import seeded, step_seed
 from tests.toy_run import Toy, saved, toy_batches, toy_config, toy_train
 
@@ -216,3 +217,21 @@ def test_log_file_and_trackers_work_offline(tmp_path, monkeypatch):
     assert lines[1]["samples_seen"] == 32
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert list(tmp_path.rglob("offline-run-*"))
+
+
+def test_preview_sheet_holds_every_picture_at_its_place(tmp_path):
+    red, blue = torch.zeros(2, 3, 16, 16), torch.zeros(1, 3, 8, 16)
+    red[:, 0], blue[:, 2] = 1.0, 1.0
+    path = preview_sheet(
+        [("pictures", red), ("rebuilt", blue)], tmp_path / "new/sheet.png", captions=["a" * 99], cell=32
+    )
+    sheet = Image.open(path)
+    colours = [colour for _, colour in sheet.getcolors(10_000)]
+    assert (255, 0, 0) in colours
+    assert (0, 0, 255) in colours
+    counts = {colour: count for count, colour in sheet.getcolors(10_000)}
+    assert counts[255, 0, 0] == 2 * 32 * 32
+    assert counts[0, 0, 255] == 32 * 16
+    assert sheet.height == 4 + 2 * (32 + 4) + 20
+    with pytest.raises(ValueError, match="at least one row"):
+        preview_sheet([("empty", red[:0])], tmp_path / "none.png")

@@ -21,8 +21,8 @@ PARTS = {
     "clip": ("tokenizer", "text_encoder", "image_encoder", "feature_extractor"),
     "vqgan": ("vqgan",),
     "image_encoder": ("semantic_encoder", "previewer"),
-    "decoder": ("decoder",),
-    "prior": ("prior",),
+    "decoder_anneal": ("decoder",),
+    "prior_anneal": ("prior",),
 }
 CLASSES = {
     "prior": models.StableCascadePrior,
@@ -42,16 +42,15 @@ def gather(runs: Path, out: Path) -> None:
         for folder in folders:
             exported = runs / run / "final" / folder
             if exported.exists():
-                shutil.copytree(exported, out / folder, dirs_exist_ok=True)
+                # Removed first: a running training may have the old file mapped, and writing into it would kill it.
+                shutil.rmtree(out / folder, ignore_errors=True)
+                shutil.copytree(exported, out / folder)
                 print(f"{folder:<18} from {exported}")
 
 
 def assemble(parts: Path, out: Path) -> None:
     """Writes the whole cascade as one pipeline folder in float16."""
-    networks = {
-        name: cls.from_pretrained(parts / name, torch_dtype=torch.float32).to(torch.float16)
-        for name, cls in CLASSES.items()
-    }
+    networks = {name: cls.from_pretrained(parts / name, torch_dtype=torch.float16) for name, cls in CLASSES.items()}
     pipeline = StableCascadePipeline(
         tokenizer=CLIPTokenizer.from_pretrained(parts / "tokenizer"),
         feature_extractor=CLIPImageProcessor.from_pretrained(parts / "feature_extractor"),

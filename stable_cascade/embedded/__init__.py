@@ -10,7 +10,7 @@ REQUIRED = (
     "decoder/config.json",
     "vqgan/config.json",
     "text_encoder/config.json",
-    "tokenizer/vocab.json",
+    "tokenizer/tokenizer_config.json",
     "semantic_encoder/config.json",
 )
 

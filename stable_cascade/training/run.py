@@ -16,6 +16,7 @@ from stable_cascade.config import TrainingSettings
 from stable_cascade.training import checkpoints, sharding, tracking
 from stable_cascade.training.ema import MovingAverage, averaged, trainable
 from stable_cascade.training.optimizers import build_optimizer
+from stable_cascade.training.publishing import publish
 
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
 PreviewFunction = Callable[[Path, nn.Module, int, "dict[str, Tensor] | None"], "Sequence[Path] | None"]
@@ -248,6 +249,8 @@ class Run:
         final, whole = self.folder / "final", self.gather()
         if self.accelerator.is_main_process:
             checkpoints.write_folder(final, functools.partial(self._export, whole))
+            if self.config.push_to_hub:
+                self.accelerator.print(f"uploaded {final} to {publish(self.config, final)}")
         self.accelerator.wait_for_everyone()
         return TrainResult(self.step, self.samples_seen, True, self.loss, self.checkpoint, final, self.broken)
 
