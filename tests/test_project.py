@@ -1,14 +1,14 @@
 """What the repository promises outside its code: commands, launch configs, example configs, portability."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.two_processes import launch_two
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_CONFIGS = {"single_gpu", "ddp", "fsdp", "fsdp2", "deepspeed_zero2", "cpu", "cpu_2proc"}
@@ -113,16 +113,7 @@ def test_two_process_launch_really_has_two_processes(tmp_path):
         "state = Accelerator()\n"
         "print(f'{state.num_processes} processes on {state.device.type}')\n"
     )
-    result = subprocess.run(
-        [
-            *(sys.executable, "-c", "from accelerate.commands.launch import main; main()"),
-            *("--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), str(script)),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    result = launch_two(script)
     assert result.stdout.count("2 processes on cpu") == 2, result.stdout + result.stderr
 
 

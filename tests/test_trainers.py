@@ -29,6 +29,7 @@ from tests.trainer_runs import (
     write_config,
     write_pictures,
 )
+from tests.two_processes import launch_two
 
 HARD = {"ema_beta": 0.5, "ema_iters": 1, "ema_start_iters": 2, "lora_dropout": 0.1, "num_workers": 2}
 """What makes a LoRA resumption hard, beside the buckets, accumulation, dropout and tokens of every run here."""
@@ -261,12 +262,7 @@ def test_two_processes_equal_one(tmp_path, steady):
     for trainer, changes in runs.items():
         values = settings(trainer, tmp_path / "two", steady, experiment_id=trainer, **changes)
         arguments += [trainer, str(write_config(tmp_path / f"{trainer}.yaml", values))]
-    program = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(ROOT / "accelerate_configs/cpu_2proc.yaml"), str(ROOT / "tests/trainer_runs.py"), *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    done = launch_two(ROOT / "tests/trainer_runs.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("processes       2,") == 2
     for trainer, changes in runs.items():

@@ -9,20 +9,14 @@ import pytest
 import torch
 
 from tests.toy_run import Toy, saved, toy_arguments, toy_config, toy_train
+from tests.two_processes import launch_two
 
 ROOT = Path(__file__).parent.parent
 
 
 def launch(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """The toy on two processes, through torchrun: without mpirun accelerate's MULTI_CPU silently starts one."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    program = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(ROOT / "accelerate_configs/cpu_2proc.yaml"), str(ROOT / "tests/toy_run.py"),
-    ]  # fmt: skip
-    return subprocess.run(
-        program + toy_arguments(folder), env={**variables, **environment}, capture_output=True, text=True, timeout=120
-    )
+    return launch_two(ROOT / "tests/toy_run.py", *toy_arguments(folder), **environment)
 
 
 def test_two_processes_equal_one(tmp_path):
