@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         batches=batches,
         loss_fn=loss_fn,
         save_fn=save_fn,
-        preview_fn=decoder_previews(config, device, batches, encoder, vqgan),
+        preview_fn=decoder_previews(config, batches, encoder, vqgan, tokenizer, text_encoder),
         stateful=weighting.stateful,
         after_step=weighting.after_step,
     )

@@ -86,14 +86,16 @@ def prior_previews(config: Any, device: torch.device, batches: Batches, encoder:
     return preview
 
 
-def decoder_previews(config: Any, device: torch.device, batches: Batches, encoder: Any, vqgan: Any) -> Preview:
+def decoder_previews(
+    config: Any, batches: Batches, encoder: Any, vqgan: Any, tokenizer: Any, text_encoder: Any
+) -> Preview:
     """Sheets of Stage B: pictures, Stage A alone, Stage B sampled from their semantic latents."""
+    device = text_encoder.device
     if not config.num_preview_images:
         return no_previews
     batch, count = next(batches(0)), config.num_preview_images
     shown, captions = batch.pixels[:count].to(device), batch.captions[:count]
-    tokenizer, text_encoder = build.text_encoder(config)
-    text = embedded_text(text_encoder.to(device), tokenizer, captions, device)
+    text = embedded_text(text_encoder, tokenizer, captions, device)
     height, width = shown.shape[-2:]
     semantic = encoder(shown).float()
     clean = vqgan.encode(shown).latents.float() / vqgan.config.scale_factor

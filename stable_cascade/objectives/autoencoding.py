@@ -34,7 +34,7 @@ def reconstruction_loss(rebuilt: Tensor, pixels: Tensor, *, square: float = 1.0,
 
 
 class Autoencoder(nn.Module):
-    """Stage A as one forward pass: encode, optionally quantise, decode."""
+    """Stage A as one forward pass: encode, decode, without the quantiser."""
 
     def __init__(self, vqgan: Any):
         super().__init__()

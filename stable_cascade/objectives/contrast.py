@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stable_cascade.models.text import encode_prompts
+
 
 class TwoTowers(nn.Module):
     """A text and an image encoder with a learned temperature.
@@ -28,14 +30,10 @@ class TwoTowers(nn.Module):
 
         Shapes: (B, 3, S, S) normalised pixels and B captions -> (B, B), row = picture.
         """
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, return_tensors="pt",
-            max_length=self.tokenizer.model_max_length,
-        ).to(clip_pixels.device)  # fmt: skip
-        text = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds
+        _, pooled, _ = encode_prompts(self.text_encoder, self.tokenizer, captions, clip_pixels.device)
         image = self.image_encoder(pixel_values=clip_pixels).image_embeds
         scale = self.log_temperature.exp().clamp(max=100)
-        return scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
+        return scale * F.normalize(image.float(), dim=-1) @ F.normalize(pooled[:, 0].float(), dim=-1).T
 
 
 def contrastive_loss(model: nn.Module, clip_pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
