@@ -32,14 +32,23 @@ REQUIRES = [
 
 EXTRAS = {
     "s3": ["s3fs>=2024.6"],
-    "controls": ["opencv-python-headless>=4.9"],
+    "controls": ["opencv-contrib-python-headless>=4.9", "scikit-image>=0.22"],
     "identity": ["insightface>=0.7", "onnxruntime>=1.17"],
-    "quant": ["bitsandbytes>=0.44", "torchao>=0.9"],
+    "controlnet_aux": ["controlnet-aux>=0.0.9"],  # its own requirements bring torchvision
+    "quant": ["bitsandbytes>=0.46"],
     "app": ["gradio>=5.0"],
     "tensorboard": ["tensorboard>=2.16"],
     "embedded": ["resvg-py>=0.5", "matplotlib>=3.8"],
     "quality": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML>=6.0"],
-    "test": ["pytest>=8.3", "pytest-xdist>=3.6", "s3fs>=2024.6", "tensorboard>=2.16"],
+    "test": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "s3fs>=2024.6",
+        "moto[server]>=5.0",
+        "tensorboard>=2.16",
+        "opencv-contrib-python-headless>=4.9",
+        "scikit-image>=0.22",
+    ],
 }
 
 setup(

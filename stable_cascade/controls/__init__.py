@@ -1,1 +1,65 @@
-"""Control images for the ControlNet: what a filter makes of a picture before it guides the prior."""
+"""Control images for the ControlNet: what a filter makes of a picture before it guides the prior.
+
+A filter is a class with `channels` and `__call__(pixels, generators=None)`: pictures in [0, 1], (B, 3, H, W), become
+control images (B, channels, h, w). With one generator per sample it draws (training); with None it is deterministic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .auxiliary import ControlNetAuxFilter
+    from .edges import CannyFilter, SoftEdgeFilter
+    from .faces import CascadeFaceEmbedder, FaceEmbedder, InsightFaceEmbedder
+    from .identity import IdentityFilter
+    from .inpainting import InpaintFilter
+    from .pictures import control_picture
+    from .qr import QRFilter
+    from .registry import ControlFilter, check_filter, filter_names, make_filter
+    from .super_resolution import SREffnetFilter, SRPixelFilter
+
+_PLACES = {
+    "CannyFilter": "edges",
+    "CascadeFaceEmbedder": "faces",
+    "ControlFilter": "registry",
+    "ControlNetAuxFilter": "auxiliary",
+    "FaceEmbedder": "faces",
+    "IdentityFilter": "identity",
+    "InpaintFilter": "inpainting",
+    "InsightFaceEmbedder": "faces",
+    "QRFilter": "qr",
+    "SREffnetFilter": "super_resolution",
+    "SRPixelFilter": "super_resolution",
+    "SoftEdgeFilter": "edges",
+    "check_filter": "registry",
+    "control_picture": "pictures",
+    "filter_names": "registry",
+    "make_filter": "registry",
+}
+
+__all__ = [
+    "CannyFilter",
+    "CascadeFaceEmbedder",
+    "ControlFilter",
+    "ControlNetAuxFilter",
+    "FaceEmbedder",
+    "IdentityFilter",
+    "InpaintFilter",
+    "InsightFaceEmbedder",
+    "QRFilter",
+    "SREffnetFilter",
+    "SRPixelFilter",
+    "SoftEdgeFilter",
+    "check_filter",
+    "control_picture",
+    "filter_names",
+    "make_filter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)

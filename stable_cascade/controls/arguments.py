@@ -1,0 +1,127 @@
+"""What every filter asks of its arguments, and draws from a sample's generator."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+T = TypeVar("T")
+
+
+def per_sample(pixels: Tensor, generators: Sequence[Generator] | None) -> list[tuple[Tensor, Generator | None]]:
+    """Each picture, (3, H, W) float32 on the CPU, with its generator (None: nothing is drawn).
+
+    Raises:
+        ValueError: `pixels` is no batch of RGB pictures, or the numbers of pictures and generators differ.
+    """
+    checked_pixels(pixels)
+    if generators is not None and len(generators) != len(pixels):
+        raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures; give one for each, or None")
+    own: Sequence[Generator | None] = [None] * len(pixels) if generators is None else generators
+    return list(zip(pixels.detach().float().cpu(), own, strict=True))
+
+
+def checked_pixels(pixels: Tensor) -> Tensor:
+    """`pixels`, if it is a batch of RGB pictures in floating point."""
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        seen = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"a filter takes RGB pictures (batch, 3, height, width) in [0, 1] as floats; got {seen}")
+    return pixels
+
+
+def draw_uniform(low: float, high: float, generator: Generator | None) -> float:
+    """A number uniform in [low, high); the middle without a generator."""
+    u = 0.5 if generator is None else float(torch.rand((), generator=generator))
+    return low + (high - low) * u
+
+
+def draw_chance(probability: float, generator: Generator | None) -> bool:
+    """True with this probability; False without a generator. Always one draw, whatever the probability."""
+    return generator is not None and float(torch.rand((), generator=generator)) < probability
+
+
+def draw_choice(options: Sequence[T], generator: Generator | None) -> T:
+    """One of the options; the first without a generator."""
+    if generator is None:
+        return options[0]
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def checked_probability(name: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is no number in [0, 1].
+    """
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}; allowed: a number in [0, 1]")
+    return float(value)
+
+
+def checked_number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is no number in [low, high].
+    """
+    if not _is_number(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; allowed: a number in [{low:g}, {high:g}]")
+    return float(value)
+
+
+def checked_count(name: str, value: Any, *, lowest: int = 1, optional: bool = False) -> Any:
+    """`value`, a whole number from `lowest` on (or None where `optional`).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    if not whole and not (optional and value is None):
+        raise ValueError(f"{name} is {value!r}; allowed: a whole number from {lowest}{' or null' * optional}")
+    return value
+
+
+def checked_range(name: str, value: Any) -> tuple[float, float]:
+    """`value` as (low, high).
+
+    Raises:
+        ValueError: it is no pair of numbers 0 <= low <= high <= 1.
+    """
+    pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if len(pair) != 2 or not all(map(_is_number, pair)) or not 0 <= pair[0] <= pair[1] <= 1:
+        raise ValueError(f"{name} is {value!r}; allowed: [low, high] with 0 <= low <= high <= 1, as [0.04, 0.4]")
+    return float(pair[0]), float(pair[1])
+
+
+def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
+    """`value` as a tuple of kernel sizes.
+
+    Raises:
+        ValueError: it is no list of sizes that are 0 (nothing is done) or odd.
+    """
+    sizes = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    good = all(isinstance(size, int) and size >= 0 and (size == 0 or size % 2 == 1) for size in sizes)
+    if not sizes or not good:
+        raise ValueError(f"{name} is {value!r}; allowed: a list of odd numbers and 0, as [3, 5, 7]")
+    return sizes
+
+
+def needed_module(name: str, needed_by: str, remedy: str) -> ModuleType:
+    """The module, imported now.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{needed_by} needs {name}, which cannot be imported ({error}); {remedy}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
