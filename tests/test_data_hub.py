@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 
-from stable_cascade.data import SampleStream, index_samples, training_batches
+from stable_cascade.data import SampleStream, index_samples, planned_crops, training_batches, with_regularization
 from tests.making_shards import picture, undecodable
 
 SIZES = ((40, 30), (30, 40), (36, 36))
@@ -132,3 +132,50 @@ def test_broken_rows_are_left_out_or_replaced(tmp_path):
     batches = take(samples, 12)
     assert sum(batch.broken for batch in batches) >= 1
     assert "saved/5" not in {key for batch in batches for key in batch.keys}
+
+
+def masked(tmp_path) -> str:
+    rows = 12
+    columns = {
+        "image": [{"bytes": picture(*SIZES[i % 3], seed=i), "path": None} for i in range(rows)],
+        "mask": [{"bytes": picture(*SIZES[i % 3], seed=50), "path": None} if i % 2 else None for i in range(rows)],
+        "text": [f"caption {i}" if i else None for i in range(rows)],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "text": datasets.Value("string")}
+    )
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_masks_identities_and_missing_captions(tmp_path, streaming):
+    options = {"dataset_name": masked(tmp_path), "streaming": streaming, "allow_missing_captions": True}
+    samples = index_samples(masks=True, **options)
+    batches = take(samples, 9, crop="center")
+    named = take(samples, 9, crop="center", decode=False)
+    for batch, other in zip(batches, named, strict=True):
+        assert other.pixels is None
+        assert (other.keys, other.captions, other.identities) == (batch.keys, batch.captions, batch.identities)
+        assert batch.weights.tolist() == other.weights.tolist() == [1] * 4
+        for key, caption, mask in zip(batch.keys, batch.captions, batch.masks, strict=True):
+            row = int(key.split("/")[1])
+            assert (mask == 1).all() == (row % 2 == 0)
+            assert caption == (f"caption {row}" if row else "")
+    assert take(index_samples(**options), 1)[0].masks is None
+    with pytest.raises(ValueError, match=r"mask_column 'maske' is no column .*nearest: 'mask'"):
+        index_samples(masks=True, mask_column="maske", **options)
+
+
+def test_stream_and_index_name_the_same(tmp_path):
+    name = saved(tmp_path)
+    named = [
+        {row for batch in take(samples, 12, crop="center") for row in batch.identities}
+        for samples in (index_samples(dataset_name=name, streaming=streaming) for streaming in (False, True))
+    ]
+    assert named[0] & named[1]
+    stream = index_samples(dataset_name=name, streaming=True)
+    with pytest.raises(ValueError, match="streaming: true has no plan"):
+        planned_crops(stream, steps=1, **SETTINGS)
+    with pytest.raises(ValueError, match="needs random access"):
+        with_regularization(stream, stream, 0.5, 1.0)

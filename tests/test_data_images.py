@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stable_cascade.data.batches import fit_picture
 from stable_cascade.data.crops import SMART_SHARE, crop_to
+from stable_cascade.data.decoding import fit_picture
 from stable_cascade.data.images import decode_image, image_size, resize_to_cover
 from tests.making_shards import encoded, picture, undecodable
 

@@ -147,3 +147,21 @@ def test_command_line(folder, tmp_path):
     wrong = subprocess.run([*command, "prepar"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "prepare" in wrong.stderr
+
+
+def test_masks(folder, tmp_path):
+    mask = picture(20, 10, seed=9)
+    folder_of(folder, {"a.mask.png": mask, "sub/d.mask.webp": picture(seed=8, kind="WEBP")})
+    report = prepare_shards(folder, tmp_path / "out")
+    assert str(report) == "wrote 5 samples in 1 shards\n2 of them have a mask"
+    samples = index_samples(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), masks=True)
+    assert len(samples) == 5
+    assert samples.report.masked == 2
+    assert samples.mask(0) == mask
+    assert [samples.mask(i) is None for i in range(5)] == [False, True, True, True, False]
+    (folder / "a.mask.png").write_bytes(undecodable())
+    report = prepare_shards(folder, tmp_path / "again", max_broken_share=0.5)
+    assert "a.png: its mask: cannot decode" in report.broken[0]
+    (folder / "lone.mask.png").write_bytes(mask)
+    with pytest.raises(ValueError, match=r"1 masks have no picture beside them, for example .*lone\.mask\.png"):
+        prepare_shards(folder, tmp_path / "never")

@@ -8,30 +8,41 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batches import Batch, training_batches
     from .buckets import Buckets, make_buckets
-    from .index import SampleIndex, index_samples
+    from .index import index_samples
+    from .planned import PlannedCrop, crop_batches, planned_crops
     from .prepare import prepare_shards
+    from .regularization import with_regularization
+    from .samples import SampleIndex
     from .stream import SampleStream
 
 _PLACES = {
     "Batch": "batches",
     "Buckets": "buckets",
-    "SampleIndex": "index",
+    "PlannedCrop": "planned",
+    "SampleIndex": "samples",
     "SampleStream": "stream",
+    "crop_batches": "planned",
     "index_samples": "index",
     "make_buckets": "buckets",
+    "planned_crops": "planned",
     "prepare_shards": "prepare",
     "training_batches": "batches",
+    "with_regularization": "regularization",
 }
 
 __all__ = [
     "Batch",
     "Buckets",
+    "PlannedCrop",
     "SampleIndex",
     "SampleStream",
+    "crop_batches",
     "index_samples",
     "make_buckets",
+    "planned_crops",
     "prepare_shards",
     "training_batches",
+    "with_regularization",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -18,9 +19,13 @@ def draws(seed: int, stream: str, positions: np.ndarray) -> np.ndarray:
 
     Source: SplitMix64 (Steele, Lea, Flood 2014), counter-based, with a key hashed from seed and stream.
     """
-    key = np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little"))
     with np.errstate(over="ignore"):
-        return mixed((np.asarray(positions).astype(np.uint64) + np.uint64(1)) * _STEP + key)
+        return mixed((np.asarray(positions).astype(np.uint64) + np.uint64(1)) * _STEP + _key(seed, stream))
+
+
+@functools.lru_cache(maxsize=256)
+def _key(seed: int, stream: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little"))
 
 
 def mixed(z: np.ndarray) -> np.ndarray:
@@ -44,9 +49,9 @@ def sample_seeds(seed: int, positions: np.ndarray) -> np.ndarray:
     return (draws(seed, "sample", positions) >> np.uint64(1)).astype(np.int64)
 
 
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, count: int, stream: str = "epoch") -> np.ndarray:
     """The order of `count` samples in one epoch.
 
     A stable sort of hashed indices rather than a library shuffle, whose stream may change between versions.
     """
-    return np.argsort(draws(seed, f"epoch {epoch}", np.arange(count)), kind="stable")
+    return np.argsort(draws(seed, f"{stream} {epoch}", np.arange(count)), kind="stable")

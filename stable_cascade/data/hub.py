@@ -6,53 +6,26 @@ import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .columns import HubColumns
 from .filters import Filter, apply_filters
 from .images import image_size
-from .index import IndexReport, SampleIndex, check_kept, check_unreadable, missing_captions
-
-if TYPE_CHECKING:
-    from .stream import SampleStream
+from .samples import (
+    IndexReport,
+    SampleIndex,
+    check_kept,
+    check_masks,
+    check_unreadable,
+    content_hash,
+    missing_captions,
+    with_masks,
+)
+from .stream import SampleStream
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HubColumns:
-    """Which columns hold picture and caption."""
-
-    image: str
-    caption: str
-    allow_missing_captions: bool = False
-
-    def picture(self, row: Mapping[str, Any]) -> bytes:
-        """The picture file in a row.
-
-        Raises:
-            ValueError: the row has none.
-        """
-        value = row[self.image]
-        if isinstance(value, Mapping):
-            if value.get("bytes"):
-                return value["bytes"]
-            value = value.get("path")
-        if isinstance(value, bytes):
-            return value
-        if isinstance(value, str) and os.path.isfile(value):
-            return Path(value).read_bytes()
-        raise ValueError(f"the column {self.image!r} holds no picture")
-
-    def text(self, row: Mapping[str, Any]) -> str | None:
-        """The caption in a row, the first one of a list; None when there is none."""
-        value = row.get(self.caption)
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            value = value[0] if value else None
-        return value.strip() if isinstance(value, str) else None
 
 
 class HubSource:
@@ -60,6 +33,7 @@ class HubSource:
 
     def __init__(self, name: str, dataset: Any, rows: np.ndarray, columns: HubColumns):
         self.name, self.dataset, self.rows, self.columns = name, dataset, rows, columns
+        self._texts: Any = None
 
     def key(self, index: int) -> str:
         """`dataset/17`: the row's number in the dataset."""
@@ -74,6 +48,18 @@ class HubSource:
         row = self.dataset[int(self.rows[index])]
         return self.columns.picture(row), self.columns.text(row) or ""
 
+    def caption(self, index: int) -> str:
+        """The caption alone."""
+        if self.columns.caption not in self.dataset.column_names:
+            return ""
+        if self._texts is None:
+            self._texts = self.dataset.select_columns([self.columns.caption])
+        return self.columns.text(self._texts[int(self.rows[index])]) or ""
+
+    def mask(self, index: int) -> bytes | None:
+        """The mask's file; None where the row has none."""
+        return self.columns.mask_file(self.dataset[int(self.rows[index])])
+
 
 def index_dataset(
     dataset_name: str, columns: HubColumns, filters: Sequence[Filter], max_broken_share: float
@@ -87,7 +73,7 @@ def index_dataset(
     needed = _check_columns(dataset_name, dataset.column_names, columns, filters)
     dataset = _undecoded(dataset.select_columns(needed), columns)
     found = [_header(row, columns) for row in dataset]
-    sizes = np.array([size for size, _ in found], np.int32).reshape(-1, 2)
+    sizes = np.array([header.size for header in found], np.int32).reshape(-1, 2)
     source = HubSource(short_name(dataset_name), dataset, np.arange(len(sizes)), columns)
     if not len(sizes):
         raise ValueError(f"dataset_name {dataset_name!r} has no rows")
@@ -99,25 +85,45 @@ def index_dataset(
     if filters:
         keep[keep], rejected = _filtered(dataset, filters, sizes, keep)
     check_kept(int(keep.sum()), len(sizes), rejected)
-    uncaptioned = keep & ~np.array([has for _, has in found], bool)
+    uncaptioned = keep & ~np.array([header.captioned for header in found], bool)
     if uncaptioned.any() and not columns.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, f"caption_column {columns.caption}")
-    report = IndexReport(int(keep.sum()), 0, unreadable, tuple(broken), rejected, int(uncaptioned.sum()))
+    pictures, masks = np.array([header.hashes for header in found], np.uint64).reshape(-1, 2)[keep].T
+    masked = None
+    if columns.mask is not None:
+        masked = int((masks != 0).sum())
+        check_masks(masked, int(keep.sum()), f"pictures to mask_column {columns.mask!r}")
+    report = IndexReport(
+        int(keep.sum()), 0, unreadable, tuple(broken), rejected, int(uncaptioned.sum()), masked=masked
+    )
     if broken:
         log.warning("%s", report)
     source.rows = np.flatnonzero(keep)
     source.dataset = dataset.select_columns(_own_columns(dataset.column_names, columns))
-    return SampleIndex(source, sizes[keep, 0], sizes[keep, 1], report, max_broken_share)
+    hashes = with_masks(pictures, masks)
+    return SampleIndex(
+        source, sizes[keep, 0], sizes[keep, 1], hashes, report, max_broken_share, columns.mask is not None
+    )
 
 
-def _header(row: Mapping[str, Any], columns: HubColumns) -> tuple[tuple[int, int], bool]:
-    """(width, height), (0, 0) when unreadable, and whether there is a caption."""
+class _Header(NamedTuple):
+    """What one pass learns of a row: (0, 0) when the picture is unreadable, hashes of picture and mask (0: none)."""
+
+    size: tuple[int, int]
+    captioned: bool
+    hashes: tuple[int, int]
+
+
+def _header(row: Mapping[str, Any], columns: HubColumns) -> _Header:
+    captioned = columns.text(row) is not None
     try:
-        size = image_size(columns.picture(row)) or (0, 0)
+        data = columns.picture(row)
+        size = image_size(data) or (0, 0)
     except (ValueError, OSError):
-        size = (0, 0)
-    return size, columns.text(row) is not None
+        return _Header((0, 0), captioned, (0, 0))
+    mask = columns.mask_file(row)
+    return _Header(size, captioned, (content_hash(data), 0 if mask is None else content_hash(mask)))
 
 
 def _filtered(
@@ -138,8 +144,6 @@ def stream_dataset(
     Raises:
         ValueError: it cannot be opened or lacks a column.
     """
-    from .stream import SampleStream
-
     dataset = _open(dataset_name, streaming=True)
     names = dataset.column_names
     if names is not None:  # some streams learn their columns from the first row
@@ -185,6 +189,8 @@ def _check_columns(
         ValueError: one of them is missing.
     """
     wanted = {"image_column": columns.image}
+    if columns.mask is not None:
+        wanted["mask_column"] = columns.mask
     if not columns.allow_missing_captions:
         wanted["caption_column"] = columns.caption
     for setting, name in wanted.items():
@@ -197,14 +203,14 @@ def _check_columns(
 
 
 def _own_columns(names: Sequence[str], columns: HubColumns) -> list[str]:
-    return [name for name in (columns.image, columns.caption) if name in names]
+    return [name for name in (columns.image, columns.caption, columns.mask) if name is not None and name in names]
 
 
 def _undecoded(dataset: Any, columns: HubColumns) -> Any:
     """The dataset with picture files in place of decoded pictures."""
     import datasets
 
-    feature = dataset.features.get(columns.image) if dataset.features else None
-    if isinstance(feature, datasets.Image):
-        return dataset.cast_column(columns.image, datasets.Image(decode=False))
+    for name in (columns.image, columns.mask):
+        if dataset.features and isinstance(dataset.features.get(name), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
     return dataset

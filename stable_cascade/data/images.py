@@ -13,9 +13,6 @@ from torch import Tensor
 
 from .buckets import covering_size
 
-HEAD_BYTES = 32768
-"""Enough for the header of nearly every image; the rest is read only where it is not."""
-
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 """Members with these extensions are pictures, in order of preference."""
 
@@ -111,12 +108,33 @@ def _wide_grey(image: Image.Image) -> np.ndarray:
     return np.repeat(values[..., None] / 65535, 3, axis=2)
 
 
+def decode_mask(data: bytes) -> Tensor:
+    """A mask file as grey, upright, transparency on white.
+
+    Shapes: -> (1, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: the file is damaged or of no supported kind.
+    """
+    try:
+        return decode_image(data).mean(0, keepdim=True)
+    except ValueError as error:
+        raise ValueError(f"its mask: {error}") from None
+
+
 def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """The smallest version of the picture, with its own shape, that covers `size` (bilinear, antialiased).
 
     Shapes: (3, H, W) -> (3, H', W') with H' >= size[0], W' >= size[1].
     """
-    target = covering_size(pixels.shape[1], pixels.shape[2], size)
+    return resize_to(pixels, covering_size(pixels.shape[1], pixels.shape[2], size))
+
+
+def resize_to(pixels: Tensor, target: tuple[int, int]) -> Tensor:
+    """The picture at exactly this size (bilinear, antialiased).
+
+    Shapes: (C, H, W) -> (C, *target).
+    """
     if target == tuple(pixels.shape[1:]):
         return pixels
     resized = F.interpolate(pixels[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0]

@@ -1,97 +1,36 @@
-"""What there is to train on: every sample's place and size, found once, so that reading is random access."""
+"""Finding the samples to train on: every one's place and size, once, so that reading is random access."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
+from stable_cascade.redaction import bare_address
+
 from .captions import CaptionSource, caption_source
+from .columns import HubColumns
 from .filters import Filter, apply_filters, parse_filters
+from .hub import index_dataset, stream_dataset
 from .index_cache import load_table, save_table, table_path
 from .locations import ByteReader, shard_locations, shard_stamp
-from .shards import ShardTable, StringColumn, scan_shard
-
-if TYPE_CHECKING:
-    from .stream import SampleStream
+from .retries import ShardFailure
+from .samples import (
+    IndexReport,
+    SampleIndex,
+    check_kept,
+    check_masks,
+    check_unreadable,
+    missing_captions,
+    with_masks,
+)
+from .shards import MEMBERS, ShardTable, StringColumn, scan_shard
+from .stream import SampleStream
 
 log = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """Where an index reads its samples from."""
-
-    def key(self, index: int) -> str:
-        """The sample's name in messages."""
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption.
-
-        Raises:
-            ValueError, OSError: they cannot be read.
-        """
-
-    def identity(self) -> bytes:
-        """What tells these samples from others: all names in their order."""
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """How many samples were found, and why others are not used."""
-
-    found: int
-    shards: int = 0
-    unreadable: int = 0
-    unreadable_keys: tuple[str, ...] = ()
-    rejected: dict[str, int] = field(default_factory=dict)
-    uncaptioned: int = 0
-
-    def __str__(self) -> str:
-        parts = [f"{self.found:,} samples" + (f" in {self.shards:,} shards" if self.shards else "")]
-        if self.unreadable:
-            parts.append(f"{self.unreadable:,} unreadable (for example {', '.join(self.unreadable_keys[:3])})")
-        parts += [f"{count:,} rejected by {name}" for name, count in self.rejected.items()]
-        if self.uncaptioned:
-            parts.append(f"{self.uncaptioned:,} without a caption")
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class SampleIndex:
-    """The usable samples: sizes after EXIF rotation, and a source that reads each of them at random.
-
-    Shapes: widths, heights (N,) int32.
-    """
-
-    source: Source
-    widths: np.ndarray
-    heights: np.ndarray
-    report: IndexReport
-    max_broken_share: float = 0.1
-
-    def __len__(self) -> int:
-        return len(self.widths)
-
-    def key(self, index: int) -> str:
-        """The sample's name, such as `shard.tar/0001`."""
-        return self.source.key(index)
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption of one sample."""
-        return self.source.read(index)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of names and sizes: equal when the same samples are there in the same order."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(self.widths.astype("<i4").tobytes() + self.heights.astype("<i4").tobytes())
-        digest.update(self.source.identity())
-        return digest.hexdigest()
 
 
 class ShardSource:
@@ -125,17 +64,28 @@ class ShardSource:
 
     def read(self, index: int) -> tuple[bytes, str]:
         """The picture file and the caption ('' where the index found none)."""
-        wanted = [self.spans[index, 0]]
-        if self.captioned[index]:
-            wanted.append(self.spans[index, 1 if self.captions.member == "txt" else 2])
-        spans = [(int(offset), int(size)) for offset, size in wanted]
-        image, *caption = self.reader.read(self.locations[self.shard_numbers[index]], spans)
+        wanted = ["image", self.captions.member] if self.captioned[index] else ["image"]
+        image, *caption = self._members(index, wanted)
         return image, self.captions.from_bytes(caption[0]) if caption else ""
+
+    def caption(self, index: int) -> str:
+        """The caption alone."""
+        if not self.captioned[index]:
+            return ""
+        return self.captions.from_bytes(self._members(index, [self.captions.member])[0])
+
+    def mask(self, index: int) -> bytes | None:
+        """The mask's file; None where the sample has none."""
+        return self._members(index, ["mask"])[0] if self.spans[index, MEMBERS.index("mask"), 0] >= 0 else None
+
+    def _members(self, index: int, names: Sequence[str]) -> list[bytes]:
+        spans = [tuple(self.spans[index, MEMBERS.index(name)].tolist()) for name in names]
+        return self.reader.read(self.locations[self.shard_numbers[index]], spans)
 
 
 def _short_names(locations: Sequence[str]) -> list[str]:
     """File names of the shards, with as many folders before them as it takes to tell them apart."""
-    parts = [location.replace("\\", "/").split("/") for location in locations]
+    parts = [bare_address(location).replace("\\", "/").split("/") for location in locations]
     depth = 1
     while len({tuple(part[-depth:]) for part in parts}) < len(parts) and depth < max(map(len, parts)):
         depth += 1
@@ -154,6 +104,8 @@ def index_samples(
     max_broken_share: float = 0.1,
     cache_dir: str | None = None,
     allow_missing_captions: bool = False,
+    masks: bool = False,
+    mask_column: str = "mask",
 ) -> SampleIndex | SampleStream:
     """The samples to train on, from shards or from a Hugging Face dataset.
 
@@ -168,6 +120,9 @@ def index_samples(
         max_broken_share: how large a share of unreadable samples is accepted.
         cache_dir: where scanned shards are remembered; default `~/.cache/stable_cascade/index`.
         allow_missing_captions: use '' where a caption is missing instead of stopping.
+        masks: also read the masks: the member KEY.mask.png (or .mask.jpg, .mask.webp) of shards, `mask_column` of a
+            dataset. White counts fully; a sample without one counts fully everywhere.
+        mask_column: the dataset's column of masks.
 
     Raises:
         ValueError: nothing usable is there; the message says what is wrong with which file or setting.
@@ -180,33 +135,65 @@ def index_samples(
     if not 0 <= max_broken_share <= 1:
         raise ValueError(f"max_broken_share {max_broken_share} must lie in [0, 1]")
     if dataset_name is not None:
-        from .hub import HubColumns, index_dataset, stream_dataset
-
-        columns = HubColumns(image_column, caption_column, allow_missing_captions)
+        columns = HubColumns(image_column, caption_column, allow_missing_captions, mask_column if masks else None)
         open_dataset = stream_dataset if streaming else index_dataset
         return open_dataset(dataset_name, columns, filters, max_broken_share)
     assert webdataset_path is not None
     locations = shard_locations(webdataset_path)
-    tables = _tables(locations, filters, captions, cache_dir)
-    return _select(locations, tables, filters, captions, (max_broken_share, allow_missing_captions))
+    found = _tables(locations, filters, captions, cache_dir)
+    locations, tables, failures = _without_failures(locations, found, max_broken_share)
+    limits = _Limits(max_broken_share, allow_missing_captions, masks, failures)
+    return _select(locations, tables, filters, captions, limits)
 
 
 def _tables(
     locations: Sequence[str], filters: Sequence[Filter], captions: CaptionSource, cache_dir: str | None
-) -> list[ShardTable]:
+) -> list[ShardTable | ShardFailure]:
+    """The table of each shard, or why it cannot be used."""
     fields = sorted({item.key for item in filters})
 
-    def table(location: str) -> ShardTable:
-        size, version = shard_stamp(location)
-        path = table_path(cache_dir, (location, size, version, fields, captions.name))
-        known = load_table(path)
-        if known is None:
-            known = scan_shard(location, fields, captions)
-            save_table(path, known)
-        return known
+    def table(location: str) -> ShardTable | ShardFailure:
+        try:
+            size, version = shard_stamp(location)
+            path = table_path(cache_dir, (location, size, version, fields, captions.name))
+            known = load_table(path)
+            if known is None:
+                known = scan_shard(location, fields, captions)
+                save_table(path, known)
+            return known
+        except ShardFailure as failure:
+            return failure
 
     with ThreadPoolExecutor(max_workers=min(16, len(locations))) as pool:  # the order of `map` is that of the shards
         return list(pool.map(table, locations))
+
+
+def _without_failures(
+    locations: Sequence[str], tables: Sequence[ShardTable | ShardFailure], max_broken_share: float
+) -> tuple[list[str], list[ShardTable], tuple[str, ...]]:
+    """The usable shards, their tables, and what is wrong with the others.
+
+    Raises:
+        ValueError: more than max_broken_share of the shards fail, or all.
+    """
+    failures = [str(table) for table in tables if isinstance(table, ShardFailure)]
+    if failures and (len(failures) > max_broken_share * len(tables) or len(failures) == len(tables)):
+        more = f"{len(failures):,} of {len(tables):,} shards fail, more than max_broken_share {max_broken_share}; "
+        raise ValueError((more if len(tables) > 1 else "") + failures[0])
+    for failure in failures:
+        log.warning("skipped in this run: %s", failure)
+    pairs = [(place, table) for place, table in zip(locations, tables, strict=True) if isinstance(table, ShardTable)]
+    return [place for place, _ in pairs], [table for _, table in pairs], tuple(failures)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What is accepted, and what is asked for."""
+
+    max_broken_share: float
+    allow_missing_captions: bool
+    masks: bool
+    failures: tuple[str, ...] = ()
 
 
 def _select(
@@ -214,16 +201,15 @@ def _select(
     tables: Sequence[ShardTable],
     filters: Sequence[Filter],
     captions: CaptionSource,
-    limits: tuple[float, bool],
+    limits: _Limits,
 ) -> SampleIndex:
     """The index of what is readable, passes the filters and has a caption."""
-    max_broken_share, allow_missing_captions = limits
     numbers = np.concatenate([np.full(len(table.keys), n, np.int32) for n, table in enumerate(tables)])
     source = ShardSource(locations, numbers, tables, captions, ByteReader())
     sizes = np.concatenate([table.sizes for table in tables])
     readable = sizes[:, 0] > 0
     broken = [source.key(int(index)) for index in np.flatnonzero(~readable)[:10]]
-    check_unreadable(int((~readable).sum()), len(sizes), broken, max_broken_share)
+    check_unreadable(int((~readable).sum()), len(sizes), broken, limits.max_broken_share)
     keep = readable.copy()
     rejected: dict[str, int] = {}
     if filters:
@@ -233,47 +219,21 @@ def _select(
         rejected = {f"{item.key}: {item.expression.text}": n for item, n in zip(filters, counts, strict=True)}
     check_kept(int(keep.sum()), len(sizes), rejected)
     uncaptioned = keep & ~source.captioned
-    if uncaptioned.any() and not allow_missing_captions:
+    if uncaptioned.any() and not limits.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
-        raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, captions)
+        raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, captions.name)
+    pictures, masks = np.concatenate([table.hashes for table in tables])[keep].T
+    masked = None
+    if limits.masks:
+        masked = int((masks != 0).sum())
+        check_masks(masked, int(keep.sum()), "members KEY.mask.png to the shards")
     report = IndexReport(
-        int(keep.sum()), len(locations), int((~readable).sum()), tuple(broken), rejected, int(uncaptioned.sum())
-    )
+        int(keep.sum()), len(locations), int((~readable).sum()), tuple(broken), rejected, int(uncaptioned.sum()),
+        masked=masked, skipped_shards=limits.failures,
+    )  # fmt: skip
     if broken:
         log.warning("%s", report)
     source.keys, source.spans = source.keys.take(keep), source.spans[keep]
     source.captioned, source.shard_numbers = source.captioned[keep], numbers[keep]
-    return SampleIndex(source, sizes[keep, 0], sizes[keep, 1], report, max_broken_share)
-
-
-def check_unreadable(broken: int, found: int, keys: Sequence[str], max_broken_share: float) -> None:
-    """Passes when few enough of the found samples are unreadable.
-
-    Raises:
-        ValueError: too many are, or all.
-    """
-    if broken and (broken > max_broken_share * found or broken == found):
-        raise ValueError(
-            f"{broken:,} of {found:,} samples have no readable picture header (for example {', '.join(keys[:3])}), "
-            f"more than max_broken_share {max_broken_share}; make the shards again or raise max_broken_share"
-        )
-
-
-def check_kept(kept: int, found: int, rejected: dict[str, int]) -> None:
-    """Passes when the filters together leave something.
-
-    Raises:
-        ValueError: they leave nothing.
-    """
-    if not kept:
-        counts = "; ".join(f"{name} rejects {count:,}" for name, count in rejected.items())
-        raise ValueError(f"dataset_filters leave none of {found:,} samples ({counts}); loosen one")
-
-
-def missing_captions(count: int, total: int, example: str, captions: Any) -> ValueError:
-    """The error for samples without a caption."""
-    name = captions.name if isinstance(captions, CaptionSource) else captions
-    return ValueError(
-        f"{count:,} of {total:,} samples have no caption under captions_getter {name!r}, for example {example}; "
-        "name the right member or key, add the captions, or set allow_missing_captions to train them with ''"
-    )
+    hashes = with_masks(pictures, masks) if limits.masks else pictures
+    return SampleIndex(source, sizes[keep, 0], sizes[keep, 1], hashes, report, limits.max_broken_share, limits.masks)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .shards import ShardTable, StringColumn
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the meaning of a column changes: older files are then scanned again."""
 
 
@@ -34,6 +34,7 @@ def load_table(path: Path) -> ShardTable | None:
                 keys=StringColumn(columns["keys"], columns["key_ends"]),
                 spans=columns["spans"],
                 sizes=columns["sizes"],
+                hashes=columns["hashes"],
                 captioned=columns["captioned"],
                 fields=StringColumn(columns["fields"], columns["field_ends"]),
             )
@@ -54,6 +55,7 @@ def save_table(path: Path, table: ShardTable) -> None:
                 key_ends=table.keys.ends,
                 spans=table.spans,
                 sizes=table.sizes,
+                hashes=table.hashes,
                 captioned=table.captioned,
                 fields=table.fields.data,
                 field_ends=table.fields.ends,

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import glob
+import io
+import logging
+import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO
 
+from .retries import ShardFailure, may_pass, short, with_retries
+
+log = logging.getLogger(__name__)
+
 _OPEN_FILES = 128
+_READ_AHEAD = 1 << 20
+
+ASIDE_SECONDS = 60.0
+"""How long a remote shard that keeps failing is left alone."""
 
 
 def shard_locations(webdataset_path: str | Iterable[str]) -> list[str]:
@@ -91,13 +103,15 @@ def _expand_remote(place: str) -> list[str]:
     if not pattern and (place.endswith(".tar") or (scheme in ("http", "https") and not place.endswith("/"))):
         return [place]
     files, path = filesystem(place)
+
+    def names_below() -> list[str]:
+        files.invalidate_cache()
+        return files.glob(path) if pattern else [name for name in files.find(path) if name.endswith(".tar")]
+
     try:
-        if pattern:
-            names = files.glob(path)
-        else:
-            names = [name for name in files.find(path) if name.endswith(".tar")]
+        names = with_retries(f"webdataset_path {place!r}", names_below)
     except Exception as error:
-        raise ValueError(f"webdataset_path {place!r} cannot be listed: {_short(error)}") from None
+        raise ValueError(f"webdataset_path {place!r} cannot be listed: {short(error)}") from None
     return _tars_or_error(place, [files.unstrip_protocol(name) for name in sorted(names)], "prefix")
 
 
@@ -111,17 +125,26 @@ def filesystem(location: str) -> tuple[Any, str]:
 
     scheme = location.split("://", 1)[0]
     try:
-        return fsspec.core.url_to_fs(location)
+        files, path = fsspec.core.url_to_fs(location, **_options(scheme))
     except ImportError:
         extra = "stable-cascade[s3]" if scheme in ("s3", "s3a") else f"an fsspec package for {scheme}"
         raise ValueError(f"{location!r} needs {extra}: pip install '{extra}'") from None
     except ValueError as error:
-        raise ValueError(f"{location!r}: {_short(error)}; use a path, http(s):// or s3://") from None
+        raise ValueError(f"{location!r}: {short(error)}; use a path, http(s):// or s3://") from None
+    if scheme in ("s3", "s3a"):
+        files.retries = 1  # s3fs would otherwise repeat each attempt of ours five times
+    return files, path
 
 
-def _short(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+def _options(scheme: str) -> dict[str, Any]:
+    """Time limits, and attempts of one: what fails is tried again by `with_retries` alone."""
+    if scheme in ("s3", "s3a"):
+        return {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 30}}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)}}
+    return {}
 
 
 def open_shard(location: str) -> BinaryIO:
@@ -130,40 +153,102 @@ def open_shard(location: str) -> BinaryIO:
     Raises:
         ValueError: it cannot be opened.
     """
+    if is_remote(location):
+        return io.BufferedReader(_RemoteFile(location, shard_stamp(location)[0]), _READ_AHEAD)  # type: ignore[arg-type]
     try:
-        if not is_remote(location):
-            return open(location, "rb", buffering=1 << 16)
-        files, path = filesystem(location)
-        return files.open(path, "rb", block_size=1 << 20, cache_type="readahead")
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"shard {location!r} cannot be opened: {_short(error)}") from None
+        return open(location, "rb", buffering=1 << 16)
+    except OSError as error:
+        raise ValueError(f"shard {location!r} cannot be opened: {short(error)}") from None
 
 
 def shard_stamp(location: str) -> tuple[int, str]:
     """Size and version (time of change or ETag) of a shard: when both are the same, so are its bytes.
 
     Raises:
-        ValueError: it does not exist or cannot be asked.
+        ShardFailure: a remote one cannot be asked, after all attempts.
+        ValueError: it does not exist, or may not be read.
     """
     if not is_remote(location):
         try:
             status = os.stat(location)
         except OSError as error:
-            raise ValueError(f"shard {location!r} cannot be opened: {_short(error)}") from None
+            raise ValueError(f"shard {location!r} cannot be opened: {short(error)}") from None
         return status.st_size, str(status.st_mtime_ns)
     files, path = filesystem(location)
+
+    def ask() -> dict[str, Any]:
+        files.invalidate_cache()
+        return files.info(path)
+
     try:
-        info = files.info(path)
+        info = with_retries(f"shard {location!r}", ask)
     except Exception as error:
-        raise ValueError(f"shard {location!r} cannot be opened: {_short(error)}") from None
+        kind = ShardFailure if may_pass(error) else ValueError
+        raise kind(f"shard {location!r} cannot be opened: {short(error)}") from None
     version = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
-    return int(info.get("size") or 0), str(version)
+    if info.get("size") is None:
+        raise ValueError(f"shard {location!r}: the server does not tell its size, which random access needs")
+    return int(info["size"]), str(version)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote shard, read in ranges, each of which is tried again on its own."""
+
+    def __init__(self, location: str, size: int):
+        super().__init__()
+        self.location, self.size, self.place = location, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.size - self.place))
+        if count:
+            try:
+                (data,) = _remote_spans(self.location, [(self.place, count)])
+            except OSError as error:
+                raise ShardFailure(str(error)) from None
+            buffer[:count] = data
+            self.place += count
+        return count
+
+
+def _remote_spans(location: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each (offset, size) of a remote shard.
+
+    Raises:
+        OSError: they still cannot be had after all attempts, or the shard is gone.
+    """
+    files, path = filesystem(location)
+    starts, ends = [start for start, _ in spans], [start + size for start, size in spans]
+
+    def fetch() -> list[bytes]:
+        parts = [bytes(part) for part in files.cat_ranges([path] * len(spans), starts, ends, on_error="raise")]
+        if any(len(part) != size for part, (_, size) in zip(parts, spans, strict=True)):
+            raise ConnectionError("the answer has another length than was asked for (cut off, or no range requests)")
+        return parts
+
+    try:
+        return with_retries(f"shard {location!r}", fetch)
+    except Exception as error:
+        raise OSError(f"shard {location!r} cannot be read: {short(error)}") from None
 
 
 class ByteReader:
     """Bytes at any place of any shard; local shards by pread, others by range requests.
+
+    A remote shard that still fails after all attempts is set aside: reported once, and its samples fail at once for a
+    minute, so that a training goes on with others instead of waiting at each of them. Then it is tried again.
 
     Handles are opened on first use in each process, so that a reader may be pickled or forked at any time.
     """
@@ -171,25 +256,36 @@ class ByteReader:
     def __init__(self) -> None:
         self._process = -1
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._aside: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_process": -1, "_files": OrderedDict()}
+        return {"_process": -1, "_files": OrderedDict(), "_aside": {}}
 
     def read(self, location: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes of each (offset, size).
 
         Raises:
-            OSError: the shard is gone or shorter than it was.
+            OSError: the shard is gone, shorter than it was, or failing.
         """
         if is_remote(location):
-            files, path = filesystem(location)
-            starts, ends = [s for s, _ in spans], [s + n for s, n in spans]
-            parts = [bytes(part) for part in files.cat_ranges([path] * len(spans), starts, ends, on_error="raise")]
-        else:
-            handle = self._handle(location)
-            parts = [os.pread(handle, size, offset) for offset, size in spans]
+            return self._remote(location, spans)
+        handle = self._handle(location)
+        parts = [os.pread(handle, size, offset) for offset, size in spans]
         if any(len(part) != size for part, (_, size) in zip(parts, spans, strict=True)):
             raise OSError(f"shard {location!r} ends early; it changed since it was indexed")
+        return parts
+
+    def _remote(self, location: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        if time.monotonic() < self._aside.get(location, -math.inf):
+            raise OSError(f"shard {location!r} is set aside, since it kept failing")
+        try:
+            parts = _remote_spans(location, spans)
+        except OSError as error:
+            log.error("%s; its samples are replaced by others, and it is tried again in %.0f s", error, ASIDE_SECONDS)
+            self._aside[location] = time.monotonic() + ASIDE_SECONDS
+            raise
+        if self._aside.pop(location, None) is not None:
+            log.warning("shard %r can be read again", location)
         return parts
 
     def _handle(self, location: str) -> int:

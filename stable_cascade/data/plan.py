@@ -9,6 +9,7 @@ import numpy as np
 
 from .buckets import Buckets
 from .draws import draws, permutation, uniforms
+from .samples import Regularization
 
 _CHUNK = 65536
 Waiting = dict[int, tuple[np.ndarray, np.ndarray]]
@@ -25,13 +26,17 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class Order:
-    """The endless sequence of samples: one permutation after the other, and a bucket for every position."""
+    """The endless sequence of samples: one permutation after the other, and a bucket for every position.
+
+    With `regularization` two such sequences are interleaved.
+    """
 
     count: int
     nearest: np.ndarray
     buckets: Buckets
     seed: int
     random_bucket_share: float = 0.0
+    regularization: Regularization | None = None
 
     def bucket_numbers(self, positions: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """The bucket of each position: the sample's nearest, or a drawn one for the random share."""
@@ -65,10 +70,10 @@ def global_batches(order: Order, batch_size: int, start_step: int = 0) -> Iterat
     skip = 0 if single else start_step
     chunk = max(batch_size, 1024, min(_CHUNK, order.count))  # of no influence on the order, only on the speed
     waiting: Waiting = {}
-    epochs = _Epochs(order)
+    shown = _Shown(order)
     while True:
         positions = np.arange(position, position + chunk)
-        samples = epochs.samples(position, position + chunk)
+        samples = shown.samples(position, position + chunk)
         numbers = order.bucket_numbers(positions, samples)
         ready, waiting = _fill(waiting, positions, samples, numbers, batch_size)
         position += chunk
@@ -76,21 +81,46 @@ def global_batches(order: Order, batch_size: int, start_step: int = 0) -> Iterat
         skip = max(0, skip - len(ready))
 
 
-class _Epochs:
-    """Keeps the permutation of the current epoch, which chunk after chunk reads from."""
+class _Shown:
+    """The sample at every position: epoch after epoch, or two kinds of samples interleaved by their share."""
 
     def __init__(self, order: Order):
-        self.order = order
+        self.regularization = order.regularization
+        first = order.count if order.regularization is None else order.regularization.first
+        self.main = _Epochs(order.seed, first, "epoch")
+        self.other = _Epochs(order.seed, order.count - first, "regularization epoch")
+        self.first = first
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """The sample numbers at the positions start, …, stop - 1."""
+        if self.regularization is None:
+            return self.main.samples(start, stop)
+        share = self.regularization.share
+        # Position p shows a regularisation picture where floor((p + 1) share) is one more than floor(p share).
+        counts = np.arange(start, stop + 1) * share.numerator // share.denominator
+        before, after = int(counts[0]), int(counts[-1])
+        shown = np.empty(stop - start, np.int64)
+        regularizes = np.diff(counts) == 1
+        shown[regularizes] = self.other.samples(before, after) + self.first
+        shown[~regularizes] = self.main.samples(start - before, stop - after)
+        return shown
+
+
+class _Epochs:
+    """Permutations of `count` samples one after the other; the current one is kept for chunk after chunk."""
+
+    def __init__(self, seed: int, count: int, stream: str):
+        self.seed, self.count, self.stream = seed, count, stream
         self.epoch = -1
         self.permutation = np.zeros(0, np.int64)
 
     def samples(self, start: int, stop: int) -> np.ndarray:
-        """The sample numbers at the positions start, …, stop - 1."""
-        parts = []
+        """The sample numbers at the places start, …, stop - 1 of this sequence."""
+        parts = [self.permutation[:0]]
         while start < stop:
-            epoch, offset = divmod(start, self.order.count)
+            epoch, offset = divmod(start, self.count)
             if epoch != self.epoch:
-                self.epoch, self.permutation = epoch, permutation(self.order.seed, epoch, self.order.count)
+                self.epoch, self.permutation = epoch, permutation(self.seed, epoch, self.count, self.stream)
             part = self.permutation[offset : offset + stop - start]
             parts.append(part)
             start += len(part)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .images import IMAGE_EXTENSIONS, decode_image
+from .images import IMAGE_EXTENSIONS, decode_image, decode_mask
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "captions.csv")
 CAPTION_KEYS = ("text", "caption")
 """Where a caption is looked for in JSON and metadata when there is no .txt file."""
 
+_MASK = ".mask"
 _FILE_KEYS = ("file_name", "filename", "file")
 
 
@@ -29,9 +30,12 @@ class PrepareReport:
     samples: int
     broken: tuple[str, ...]
     uncaptioned: int
+    masks: int = 0
 
     def __str__(self) -> str:
         lines = [f"wrote {self.samples:,} samples in {len(self.shards):,} shards"]
+        if self.masks:
+            lines.append(f"{self.masks:,} of them have a mask")
         if self.uncaptioned:
             lines.append(f"{self.uncaptioned:,} of them have no caption and got ''")
         if self.broken:
@@ -48,6 +52,7 @@ class _Picture:
     path: Path
     caption: str | None
     extra: Mapping[str, Any]
+    mask: Path | None = None
 
 
 def prepare_shards(
@@ -63,7 +68,8 @@ def prepare_shards(
 
     A caption is the .txt file of the same name, else the row of metadata.jsonl, metadata.csv or captions.csv with
     this file_name (columns text or caption), else a key text or caption of the .json file of the same name. The JSON
-    and the row's other columns become the sample's JSON, which filters see.
+    and the row's other columns become the sample's JSON, which filters see. `NAME.mask.png` (or another kind of
+    picture) is the mask of `NAME.jpg`.
 
     Args:
         folder: searched with its subfolders.
@@ -100,13 +106,25 @@ def _find(root: Path, target: Path) -> list[_Picture]:
     rows = _metadata(root)
     pictures: list[_Picture] = []
     keys: set[str] = set()
-    for path in _files(root, target):
-        if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+    found = [path for path in _files(root, target) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+    masks = {path.with_suffix(""): path for path in found if path.stem.lower().endswith(_MASK)}
+    used: set[Path] = set()
+    for path in found:
+        if path.with_suffix("") in masks:
             continue
+        mask = masks.get(path.with_name(path.stem + _MASK))
+        if mask is not None:
+            used.add(mask)
         relative = path.relative_to(root).as_posix()
         key = _key(relative, keys)
         keys.add(key)
-        pictures.append(_Picture(key, path, *_texts(path, rows.pop(relative, {}))))
+        pictures.append(_Picture(key, path, *_texts(path, rows.pop(relative, {})), mask))
+    alone = [path for path in masks.values() if path not in used]
+    if alone:
+        raise ValueError(
+            f"{len(alone):,} masks have no picture beside them, for example {alone[0]}; the mask of cat.jpg is "
+            "cat.mask.png"
+        )
     if not pictures:
         raise ValueError(f"{str(root)!r} holds no pictures (.{', .'.join(IMAGE_EXTENSIONS[:4])}, …)")
     if rows:
@@ -203,17 +221,21 @@ def _write(pictures: Sequence[_Picture], target: Path, shard_size: int, max_brok
     target.mkdir(parents=True, exist_ok=True)
     writer = _ShardWriter(target, shard_size)
     broken: list[str] = []
-    uncaptioned = 0
+    uncaptioned = masks = 0
     try:
         for picture in pictures:
             data = picture.path.read_bytes()
+            mask = picture.mask.read_bytes() if picture.mask is not None else None
             try:
                 decode_image(data)
+                if mask is not None:
+                    decode_mask(mask)
             except ValueError as error:
                 broken.append(f"{picture.path}: {error}")
                 continue
-            writer.add(picture, data)
+            writer.add(picture, data, mask)
             uncaptioned += picture.caption is None
+            masks += mask is not None
         if broken and (len(broken) > max_broken_share * len(pictures) or len(broken) == len(pictures)):
             raise ValueError(
                 f"{len(broken):,} of {len(pictures):,} pictures are broken, more than max_broken_share "
@@ -222,7 +244,7 @@ def _write(pictures: Sequence[_Picture], target: Path, shard_size: int, max_brok
         shards = writer.publish()
     finally:
         writer.discard()
-    return PrepareReport(shards, len(pictures) - len(broken), tuple(broken), uncaptioned)
+    return PrepareReport(shards, len(pictures) - len(broken), tuple(broken), uncaptioned, masks)
 
 
 class _ShardWriter:
@@ -234,11 +256,13 @@ class _ShardWriter:
         self.tar: tarfile.TarFile | None = None
         self.count = 0
 
-    def add(self, picture: _Picture, data: bytes) -> None:
+    def add(self, picture: _Picture, data: bytes, mask: bytes | None) -> None:
         if self.tar is None or self.count == self.shard_size:
             self._next()
         self.count += 1
         self._member(f"{picture.key}{picture.path.suffix.lower()}", data)
+        if picture.mask is not None and mask is not None:
+            self._member(f"{picture.key}{_MASK}{picture.mask.suffix.lower()}", mask)
         self._member(f"{picture.key}.txt", (picture.caption or "").encode())
         if picture.extra:
             content = json.dumps(picture.extra, sort_keys=True, ensure_ascii=False)

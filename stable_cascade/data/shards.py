@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import posixpath
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -12,11 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .captions import CaptionSource
-from .images import HEAD_BYTES, IMAGE_EXTENSIONS, image_size
+from .image_headers import plain_size
+from .images import IMAGE_EXTENSIONS, image_size
 from .locations import open_shard
+from .retries import ShardFailure
+from .samples import HEAD_BYTES, TAIL_BYTES, content_hash_of_parts
+from .tars import Span, tar_members
 
-MEMBERS = ("image", "txt", "json")
-Span = tuple[int, int]
+MEMBERS = ("image", "txt", "json", "mask")
 
 
 class StringColumn:
@@ -60,13 +62,15 @@ class StringColumn:
 class ShardTable:
     """What is in one shard. Row i is one sample; a span is (offset, size) in the tar, (-1, -1) without that member.
 
-    Shapes: spans (N, 3, 2) int64 in the order of MEMBERS; sizes (N, 2) int32 width and height, (0, 0) when the picture
-        or its JSON is unreadable; captioned (N,) bool; `fields` holds the JSON values that filters need.
+    Shapes: spans (N, 4, 2) int64 in the order of MEMBERS; sizes (N, 2) int32 width and height, (0, 0) when the picture
+        or its JSON is unreadable; hashes (N, 2) uint64 of the contents of picture and mask (0: none); captioned (N,)
+        bool; `fields` holds the JSON values that filters need.
     """
 
     keys: StringColumn
     spans: np.ndarray
     sizes: np.ndarray
+    hashes: np.ndarray
     captioned: np.ndarray
     fields: StringColumn
 
@@ -75,7 +79,8 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
     """The table of one shard.
 
     Raises:
-        ValueError: it cannot be opened, is not a tar, is truncated, or holds no images.
+        ShardFailure: it is truncated or damaged, or a remote one kept failing.
+        ValueError: it cannot be opened, is not a tar, or holds no images.
     """
     want_json = bool(fields) or captions.member == "json"
     with open_shard(location) as file:
@@ -92,6 +97,7 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
         keys=StringColumn.of(groups),
         spans=np.array(spans, np.int64),
         sizes=np.array([(0, 0) if sample.damaged else sample.size for sample in groups.values()], np.int32),
+        hashes=np.array([(sample.hash, sample.mask_hash) for sample in groups.values()], np.uint64),
         captioned=np.array([sample.has_caption(captions) for sample in groups.values()], bool),
         fields=StringColumn.of(sample.values(fields) for sample in groups.values()),
     )
@@ -103,7 +109,10 @@ class _Sample:
 
     spans: dict[str, Span]
     rank: int = 1 << 30
+    mask_rank: int = 1 << 30
     size: tuple[int, int] = (0, 0)
+    hash: int = 0
+    mask_hash: int = 0
     content: dict[str, Any] | None = None
     damaged: bool = False
 
@@ -124,12 +133,18 @@ class _Sample:
 def _samples(file: BinaryIO, location: str, want_json: bool) -> dict[str, _Sample]:
     """Every sample by its key. Headers and JSON are read on the way, so that a remote shard is passed once."""
     samples: dict[str, _Sample] = {}
-    for name, span in _walk(file, location):
+    for name, span in tar_members(file, location):
         key, extension = _split(name)
         if not extension:
             continue
         sample = samples.setdefault(key, _Sample({}))
         rank = _image_rank(extension)
+        mask_rank = _mask_rank(extension)
+        if mask_rank is not None:
+            if mask_rank < sample.mask_rank:
+                sample.mask_rank, sample.spans["mask"] = mask_rank, span
+                sample.mask_hash = _header(file, span)[1]
+            continue
         if rank is None:
             sample.spans[extension] = span
             if extension == "json" and want_json:
@@ -141,7 +156,8 @@ def _samples(file: BinaryIO, location: str, want_json: bool) -> dict[str, _Sampl
                 "name); rename them, or make the shard with `stable-cascade prepare`"
             )
         if rank < sample.rank:
-            sample.rank, sample.spans["image"], sample.size = rank, span, _header_size(file, span)
+            sample.rank, sample.spans["image"] = rank, span
+            sample.size, sample.hash = _header(file, span)
     return samples
 
 
@@ -155,11 +171,17 @@ def _read_json(file: BinaryIO, span: Span, sample: _Sample) -> None:
 
 
 def _image_rank(extension: str) -> int | None:
-    """Preference among a sample's pictures: `jpg` before `png` …, a compound `mask.png` last; None for no picture."""
+    """Preference among a sample's pictures: `jpg` before `png` …, a compound `thumb.png` last; None for no picture."""
     if extension in IMAGE_EXTENSIONS:
         return IMAGE_EXTENSIONS.index(extension)
     last = extension.rsplit(".", 1)[-1]
     return len(IMAGE_EXTENSIONS) + IMAGE_EXTENSIONS.index(last) if last in IMAGE_EXTENSIONS else None
+
+
+def _mask_rank(extension: str) -> int | None:
+    """Preference among a sample's masks, `mask.jpg` before `mask.png` …; None for no mask."""
+    first, _, last = extension.partition(".")
+    return IMAGE_EXTENSIONS.index(last) if first == "mask" and last in IMAGE_EXTENSIONS else None
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -171,44 +193,22 @@ def _split(name: str) -> tuple[str, str]:
     return posixpath.join(folder, stem), extension.lower()
 
 
-def _walk(file: BinaryIO, location: str) -> Iterator[tuple[str, Span]]:
-    """Name and (offset, size) of every regular file in the tar."""
-    start = file.read(6)
-    file.seek(0)
-    for magic, kind in ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd")):
-        if start.startswith(magic):
-            raise ValueError(f"shard {location!r} is compressed with {kind}; unpack it to a plain .tar first")
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    yield member.name, (member.offset_data, member.size)
-            end = tar.offset
-    except tarfile.ReadError as error:
-        if "unexpected end" in str(error):
-            raise _truncated(location) from None
-        raise ValueError(f"shard {location!r} is not a tar: {error}") from None
-    file.seek(end)
-    block = file.read(512)
-    # A tar ends with empty blocks; tarfile takes a missing end, or a damaged header, for the end in silence.
-    if len(block) < 512:
-        raise _truncated(location)
-    if any(block):
-        raise ValueError(f"shard {location!r} is damaged: the header at byte {end} is invalid; copy or make it again")
-
-
-def _truncated(location: str) -> ValueError:
-    return ValueError(f"shard {location!r} is truncated: it ends before the tar's end marker; copy or make it again")
-
-
-def _header_size(file: BinaryIO, span: Span) -> tuple[int, int]:
-    """(width, height), or (0, 0) when the header is unreadable."""
+def _header(file: BinaryIO, span: Span) -> tuple[tuple[int, int], int]:
+    """(width, height), (0, 0) when the header is unreadable, and the hash of the content."""
     offset, length = span
+    head = _read(file, (offset, min(length, HEAD_BYTES)))
+    tail = _read(file, (offset + length - TAIL_BYTES, TAIL_BYTES)) if length > HEAD_BYTES else b""
+    hashed = content_hash_of_parts(length, head, tail)
+    plain = plain_size(head)
+    if plain is not None:
+        return plain, hashed
     try:
-        size = image_size(_read(file, (offset, min(length, HEAD_BYTES))), whole=length <= HEAD_BYTES)
-        return size or image_size(_read(file, span)) or (0, 0)
+        size = image_size(head, whole=length <= HEAD_BYTES)
+        return size or image_size(_read(file, span)) or (0, 0), hashed
+    except ShardFailure:
+        raise
     except ValueError:
-        return 0, 0
+        return (0, 0), hashed
 
 
 def _read(file: BinaryIO, span: Span) -> bytes:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from .batches import BrokenWatch, Decoded, Undecodable, first_decodable
 from .buckets import Buckets
+from .columns import HubColumns
+from .decoding import BrokenWatch, Candidate, Decoded, Decoder, Place, Undecodable, identity_of
 from .draws import sample_seeds
 from .filters import Filter, RejectionWatch, with_size
 from .images import image_size
 from .plan import GlobalBatch, micro_batches, with_random_buckets
-
-if TYPE_CHECKING:
-    from .hub import HubColumns
+from .samples import content_hash, with_masks
 
 _FALLBACKS = 3
 
@@ -32,10 +31,21 @@ class StreamedRow:
     caption: str
     width: int
     height: int
+    mask: bytes | None = None
 
     def content(self) -> tuple[bytes, str]:
         """The picture file and the caption."""
         return self.data, self.caption
+
+    def mask_file(self) -> bytes | None:
+        """The mask's file, None without one."""
+        return self.mask
+
+    @property
+    def content_hash(self) -> int:
+        """As in an index."""
+        picture = np.array([content_hash(self.data)], np.uint64)
+        return int(with_masks(picture, np.array([content_hash(self.mask) if self.mask else 0], np.uint64))[0])
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,11 @@ class SampleStream:
     columns: HubColumns
     filters: tuple[Filter, ...]
     max_broken_share: float
+
+    @property
+    def masks(self) -> bool:
+        """Whether masks are asked for."""
+        return self.columns.mask is not None
 
     def rows(self) -> Iterator[StreamedRow]:
         """The usable rows, epoch after epoch without end.
@@ -89,7 +104,7 @@ class SampleStream:
                 f"{key} has no caption in caption_column {self.columns.caption!r}; name the right column, or set "
                 "allow_missing_captions to train it with ''"
             )
-        return StreamedRow(key, data, caption or "", *size)
+        return StreamedRow(key, data, caption or "", *size, self.columns.mask_file(row))
 
 
 @dataclass(frozen=True)
@@ -140,10 +155,30 @@ class StreamedPlan:
 class StreamedPictures(Dataset):
     """Decodes a `StreamedItem`; a broken row is replaced by its neighbours in the global batch."""
 
-    def __init__(self, buckets: Buckets, crop: str, seed: int):
-        self.buckets, self.crop, self.seed = buckets, crop, seed
+    def __init__(self, buckets: Buckets, decoder: Decoder):
+        self.buckets, self.decoder = buckets, decoder
 
     def __getitem__(self, item: StreamedItem) -> Decoded | Undecodable:
-        seed = int(sample_seeds(self.seed, np.array([item.position]))[0])
-        candidates = ((row.key, functools.partial(StreamedRow.content, row)) for row in (item.row, *item.fallbacks))
-        return first_decodable(candidates, self.buckets.sizes[item.bucket], self.crop, seed, item.position)
+        candidates = (
+            Candidate(
+                row.key,
+                row.content_hash,
+                functools.partial(StreamedRow.content, row),
+                functools.partial(StreamedRow.mask_file, row),
+            )
+            for row in (item.row, *item.fallbacks)
+        )
+        return self.decoder.first_decodable(candidates, Place(item.position, self.buckets.sizes[item.bucket]))
+
+    def undecoded(self, item: StreamedItem) -> Decoded:
+        """The row without its picture."""
+        known = self.decoder.known_broken
+        rows = (item.row, *item.fallbacks)
+        shown = next((row for row in rows if row.key not in known), None)
+        if shown is None:
+            raise ValueError(f"{len(rows)} samples in a row are broken, the last is {rows[-1].key}; check the data")
+        where, choice = np.array([item.position]), self.decoder.choice
+        identity = identity_of(shown.key, shown.content_hash, self.buckets.sizes[item.bucket], choice.names(where)[0])
+        passed = tuple(row.key for row in rows[: rows.index(shown)])
+        seed = int(sample_seeds(choice.seed, where)[0])
+        return Decoded(None, shown.caption, shown.key, seed, item.position, passed, identity=identity)

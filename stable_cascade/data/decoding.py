@@ -1,0 +1,157 @@
+"""From picture files to the rows of a batch; a broken sample is replaced, counted and named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from .buckets import covering_size
+from .crops import CropChoice, crop_place, window
+from .draws import sample_seeds
+from .images import decode_image, decode_mask, resize_to
+
+log = logging.getLogger(__name__)
+
+_FIRST_JUDGED = 100
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample that may be shown: its name, its content's hash, and how its files are read."""
+
+    key: str
+    content_hash: int
+    read: Callable[[], tuple[bytes, str]]
+    mask: Callable[[], bytes | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample is shown: a position of the sequence, and the bucket's size."""
+
+    position: int
+    size: tuple[int, int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One row of a batch, and the keys of the broken samples it stands in for."""
+
+    pixels: Tensor | None
+    caption: str
+    key: str
+    seed: int
+    position: int
+    broken_keys: tuple[str, ...] = ()
+    mask: Tensor | None = None
+    weight: float = 1.0
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """Why no sample could be found for a position. A value, since errors raised in a worker arrive as tracebacks."""
+
+    reason: str
+
+
+def identity_of(key: str, content_hash: int, size: tuple[int, int], crop: str) -> str:
+    """The name of what a row shows: the sample, its content, the bucket's size and the crop."""
+    return f"{key} {content_hash:016x} {size[0]}x{size[1]} {crop}"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Turns candidates into rows. `masks` asks for masks, `known_broken` are keys that are not even tried."""
+
+    choice: CropChoice
+    masks: bool = False
+    known_broken: Collection[str] = ()
+
+    def first_decodable(self, candidates: Iterable[Candidate], place: Place) -> Decoded | Undecodable:
+        """The first of the candidates that is not broken, fitted to the bucket."""
+        broken: list[str] = []
+        where = np.array([place.position])
+        seed = int(sample_seeds(self.choice.seed, where)[0])
+        for candidate in candidates:
+            key = candidate.key
+            if key in self.known_broken:
+                broken.append(f"{key}: known to be broken")
+                continue
+            hashes = np.array([candidate.content_hash], np.uint64)
+            crop_seed = int(self.choice.seeds(where, hashes, place.size)[0])
+            try:
+                data, caption = candidate.read()
+                mask = candidate.mask() if self.masks else None
+                pixels, mask_pixels = fit_pair(data, mask, place.size, self.choice.crop, crop_seed)
+            except (ValueError, OSError) as error:
+                broken.append(f"{key}: {error}")
+                continue
+            identity = identity_of(key, candidate.content_hash, place.size, self.choice.names(where)[0])
+            return Decoded(
+                pixels, caption, key, seed, place.position, tuple(broken),
+                mask_pixels if self.masks else None, place.weight, identity,
+            )  # fmt: skip
+        return Undecodable(f"{len(broken)} samples in a row are broken, the last is {broken[-1]}; check the data")
+
+
+def fit_picture(data: bytes, size: tuple[int, int], crop: str, seed: int) -> Tensor:
+    """A picture file, decoded, resized and cropped to a bucket.
+
+    Shapes: -> (3, *size) float32 in [0, 1].
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    return fit_pair(data, None, size, crop, seed)[0]
+
+
+def fit_pair(data: bytes, mask: bytes | None, size: tuple[int, int], crop: str, seed: int) -> tuple[Tensor, Tensor]:
+    """A picture and its mask, cut out at the same place; without a mask all ones.
+
+    Shapes: -> (3, *size), (1, *size) float32 in [0, 1].
+
+    Raises:
+        ValueError: one of them cannot be decoded.
+    """
+    pixels = decode_image(data, at_least=size)
+    cover = covering_size(pixels.shape[1], pixels.shape[2], size)
+    resized = resize_to(pixels, cover)
+    place = crop_place(resized, size, crop, seed)
+    shown = window(resized, size, place).contiguous()
+    if mask is None:
+        return shown, shown.new_ones(1, *size)
+    return shown, window(resize_to(decode_mask(mask), cover), size, place).contiguous()
+
+
+class BrokenWatch:
+    """Counts broken samples, logs each one once, and stops a training that would run on few of its pictures."""
+
+    def __init__(self, max_broken_share: float):
+        self.max_broken_share = max_broken_share
+        self.seen = 0
+        self.broken = 0
+        self._logged: set[str] = set()
+
+    def see(self, count: int, broken_keys: Sequence[str]) -> None:
+        """Adds a micro-batch of `count` samples.
+
+        Raises:
+            ValueError: more than max_broken_share of what was seen is broken; the first 100 are judged together.
+        """
+        self.seen += count
+        self.broken += len(broken_keys)
+        for key in broken_keys:
+            if key not in self._logged:
+                self._logged.add(key)
+                log.warning("broken sample replaced: %s", key)
+        if self.broken > self.max_broken_share * max(self.seen, _FIRST_JUDGED):
+            raise ValueError(
+                f"{self.broken:,} broken samples among {self.seen:,} are more than max_broken_share "
+                f"{self.max_broken_share}, the last is {broken_keys[-1] if broken_keys else ''}; check the shards"
+            )

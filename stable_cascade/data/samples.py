@@ -1,0 +1,203 @@
+"""What an index is: the usable samples, their sizes, and where each of them is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+
+from .draws import mixed
+
+HEAD_BYTES, TAIL_BYTES = 32768, 4096
+"""What is read of a picture to index it: enough for nearly every header, and for a hash of the content."""
+
+
+class Source(Protocol):
+    """Where an index reads its samples from."""
+
+    def key(self, index: int) -> str:
+        """The sample's name in messages."""
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """The picture file and the caption.
+
+        Raises:
+            ValueError, OSError: they cannot be read.
+        """
+
+    def caption(self, index: int) -> str:
+        """The caption alone, without the picture's bytes."""
+
+    def mask(self, index: int) -> bytes | None:
+        """The mask's file; None where the sample has none."""
+
+    def identity(self) -> bytes:
+        """What tells these samples from others: all names in their order."""
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """How many samples were found, and why others are not used."""
+
+    found: int
+    shards: int = 0
+    unreadable: int = 0
+    unreadable_keys: tuple[str, ...] = ()
+    rejected: dict[str, int] = field(default_factory=dict)
+    uncaptioned: int = 0
+    masked: int | None = None
+    regularization: int = 0
+    skipped_shards: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.found:,} samples" + (f" in {self.shards:,} shards" if self.shards else "")]
+        if self.unreadable:
+            parts.append(f"{self.unreadable:,} unreadable (for example {', '.join(self.unreadable_keys[:3])})")
+        parts += [f"{count:,} rejected by {name}" for name, count in self.rejected.items()]
+        if self.uncaptioned:
+            parts.append(f"{self.uncaptioned:,} without a caption")
+        if self.masked is not None:
+            parts.append(f"{self.masked:,} with a mask")
+        if self.regularization:
+            parts.append(f"{self.regularization:,} of them for regularisation")
+        if self.skipped_shards:
+            parts.append(f"{len(self.skipped_shards):,} shards skipped: {'; '.join(self.skipped_shards)}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """The samples from number `first` on are for regularisation: this `share` of what is shown, with this weight."""
+
+    first: int
+    share: Fraction
+    weight: float
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The usable samples: sizes after EXIF rotation, and a source that reads each of them at random.
+
+    Shapes: widths, heights (N,) int32; content_hashes (N,) uint64, of the picture (and the mask, where masks are asked
+        for), whatever its file is called.
+    """
+
+    source: Source
+    widths: np.ndarray
+    heights: np.ndarray
+    content_hashes: np.ndarray
+    report: IndexReport
+    max_broken_share: float = 0.1
+    masks: bool = False
+    regularization: Regularization | None = None
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def key(self, index: int) -> str:
+        """The sample's name, such as `shard.tar/0001`."""
+        return self.source.key(index)
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """The picture file and the caption of one sample."""
+        return self.source.read(index)
+
+    def caption(self, index: int) -> str:
+        """The caption of one sample, without reading the picture."""
+        return self.source.caption(index)
+
+    def mask(self, index: int) -> bytes | None:
+        """The mask's file of one sample; None where it has none, or none are asked for."""
+        return self.source.mask(index) if self.masks else None
+
+    def weights(self, indices: np.ndarray) -> np.ndarray:
+        """What each sample's loss is multiplied by: 1, or the weight of a regularisation picture.
+
+        Shapes: (N,) -> (N,) float32.
+        """
+        if self.regularization is None:
+            return np.ones(len(indices), np.float32)
+        return np.where(indices < self.regularization.first, 1, self.regularization.weight).astype(np.float32)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names and sizes: equal when the same samples are there in the same order."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.widths.astype("<i4").tobytes() + self.heights.astype("<i4").tobytes())
+        digest.update(self.source.identity())
+        return digest.hexdigest()
+
+
+def content_hash(data: bytes) -> int:
+    """A picture file's content as one number: of its length, its first 32 KB and its last 4 KB.
+
+    Two files that differ only in between, and in nothing else, are taken for the same; no encoder makes such files
+    out of different pictures except uncompressed formats.
+    """
+    return content_hash_of_parts(len(data), data[:HEAD_BYTES], data[-TAIL_BYTES:])
+
+
+def content_hash_of_parts(length: int, head: bytes, tail: bytes) -> int:
+    """`content_hash` of a file of which only the first 32 KB and the last 4 KB are at hand."""
+    digest = hashlib.blake2b(head[:HEAD_BYTES], digest_size=8)
+    if length > HEAD_BYTES:
+        digest.update(tail)
+    digest.update(length.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def with_masks(pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Content hashes of pictures together with their masks (0: none).
+
+    Shapes: (N,), (N,) uint64 -> (N,) uint64.
+    """
+    with np.errstate(over="ignore"):
+        return np.where(masks == 0, pictures, mixed(pictures + mixed(masks)))
+
+
+def check_unreadable(broken: int, found: int, keys: Sequence[str], max_broken_share: float) -> None:
+    """Passes when few enough of the found samples are unreadable.
+
+    Raises:
+        ValueError: too many are, or all.
+    """
+    if broken and (broken > max_broken_share * found or broken == found):
+        raise ValueError(
+            f"{broken:,} of {found:,} samples have no readable picture header (for example {', '.join(keys[:3])}), "
+            f"more than max_broken_share {max_broken_share}; make the shards again or raise max_broken_share"
+        )
+
+
+def check_kept(kept: int, found: int, rejected: dict[str, int]) -> None:
+    """Passes when the filters together leave something.
+
+    Raises:
+        ValueError: they leave nothing.
+    """
+    if not kept:
+        counts = "; ".join(f"{name} rejects {count:,}" for name, count in rejected.items())
+        raise ValueError(f"dataset_filters leave none of {found:,} samples ({counts}); loosen one")
+
+
+def check_masks(masked: int, found: int, where: str) -> None:
+    """Passes when at least one sample has a mask.
+
+    Raises:
+        ValueError: none has; a masked loss would then be an ordinary one in silence.
+    """
+    if not masked:
+        raise ValueError(
+            f"masks are asked for, but none of {found:,} samples has one; add {where}, or turn masked_loss off"
+        )
+
+
+def missing_captions(count: int, total: int, example: str, captions: str) -> ValueError:
+    """The error for samples without a caption."""
+    return ValueError(
+        f"{count:,} of {total:,} samples have no caption under captions_getter {captions!r}, for example {example}; "
+        "name the right member or key, add the captions, or set allow_missing_captions to train them with ''"
+    )
