@@ -28,6 +28,12 @@ from stable_cascade.models.text import encode_prompts
 from stable_cascade.training.optimizers import learning_rate_share
 from stable_cascade.training.randomness import seeded
 
+LEFT_OUT = (
+    "lora_checkpoint_path", "module_excludes", "rank_pattern", "token_lr", "train_text_encoder", "regularization_path",
+    "masked_loss", "cache", "allow_missing_captions", "crops_per_image",
+)  # fmt: skip
+"""Options that change what is trained, or how, and that this file does without."""
+
 
 def happens(seeds: torch.Tensor, what: str, share: float) -> torch.Tensor:
     """Which samples something of probability `share` happens to. Every draw is a function of (sample's seed, name)."""
@@ -39,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(LoraConfig, argv)
     if config.prediction_type != "epsilon" or config.loss_weight != "p2" or config.ema_beta is not None:
         raise ValueError("minimal_train_lora.py knows epsilon, p2 and no moving average; use train_lora.py for others")
+    unknown = [key for key in LEFT_OUT if getattr(config, key)] + ["quantization"] * (config.quantization != "none")
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not known to minimal_train_lora.py; use train_lora.py")
     torch.set_flush_denormal(True)  # denormal numbers cost tens of times the time of ordinary ones
 
     # The pictures: an index of every sample, then batches of one size each. `step` counts optimizer updates, and one

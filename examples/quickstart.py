@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from stable_cascade import StableCascadePipeline, build
+from stable_cascade import StableCascadePipeline, factory
 from stable_cascade.config import LoraConfig, load_config, run_main
 
 TILE, GAP, LEFT, TOP, CAPTION = 144, 10, 76, 58, 44
@@ -28,7 +28,7 @@ INK, GREY, PAPER = (24, 24, 27), (96, 96, 104), (250, 250, 248)
 
 def cascade(config: LoraConfig) -> str:
     """The folder of the whole cascade that the LoRA is trained on."""
-    folder = build.cascade_folder(config)
+    folder = factory.cascade_folder(config)
     if folder is None:
         raise ValueError("pretrained_model_name_or_path is not set; name the cascade to draw with, or 'embedded'")
     return folder

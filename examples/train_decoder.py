@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from stable_cascade import build
+from stable_cascade import factory
 from stable_cascade.config import DecoderConfig, load_config, run_main
-from stable_cascade.models.text import encode_prompts
 from stable_cascade.objectives.decoder import decoder_loss
 from stable_cascade.plan import plan_training
 from stable_cascade.previews import decoder_previews
@@ -23,30 +20,29 @@ def main(argv: list[str] | None = None) -> None:
     if config.check:
         print(plan)
         return
-    index = build.samples(config)
-    accelerator = build.launch(config, plan)
-    device, dtype = accelerator.device, getattr(torch, config.dtype)
+    index = factory.samples(config)
+    accelerator = factory.launch(config, plan)
+    device = accelerator.device
 
-    encoder = build.frozen(config, "semantic_encoder", device)
-    vqgan = build.frozen(config, "vqgan", device)
-    tokenizer, text_encoder = build.text_encoder(config, dtype=dtype)
-    text_encoder.to(device)
-    decoder = build.network(config, "decoder")
+    encoder = factory.frozen(config, "semantic_encoder", device)
+    vqgan = factory.frozen(config, "vqgan", device)
+    embed_text = factory.frozen_text(config, device)
+    decoder = factory.network(config, "decoder")
     if config.gradient_checkpointing:
         decoder.enable_gradient_checkpointing()
-    weighting = build.loss_weight(config)
-    batches = build.batches(config, index, accelerator, factor=encoder.stride)
+    weighting = factory.loss_weight(config)
+    batches = factory.batches(config, index, accelerator, factor=encoder.stride)
 
     def loss_fn(model, batch):
         return decoder_loss(
             model,
-            batch.pixels.to(device),
+            factory.shown(batch, device),
             batch.captions,
             batch.seeds,
             batch.step_seed,
             encode_vq=lambda pixels: vqgan.encode(pixels).latents / vqgan.config.scale_factor,
             encode_semantic=encoder,
-            embed_text=lambda captions: encode_prompts(text_encoder, tokenizer, captions, device)[1],
+            embed_text=lambda captions: embed_text(captions)[1],
             weight=weighting.weight,
             stride=encoder.stride,
             prediction_type=config.prediction_type,
@@ -70,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         batches=batches,
         loss_fn=loss_fn,
         save_fn=save_fn,
-        preview_fn=decoder_previews(config, batches, encoder, vqgan, tokenizer, text_encoder),
+        preview_fn=decoder_previews(config, device, batches, encoder, vqgan, embed_text),
         stateful=weighting.stateful,
         after_step=weighting.after_step,
     )

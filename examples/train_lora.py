@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from stable_cascade import build
+from stable_cascade import factory
 from stable_cascade.adapters import save_lora
 from stable_cascade.config import LoraConfig, load_config, run_main
-from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.plan import plan_training
 from stable_cascade.previews import prior_previews
 from stable_cascade.training.ema import averaged
@@ -19,55 +17,40 @@ from stable_cascade.training.loop import train
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `pytorch_lora_weights.safetensors` and `learned_embeds.safetensors`."""
     config = load_config(LoraConfig, argv)
-    plan = plan_training(config, trains="LoRA of the prior", needs=["prior", "semantic_encoder", "previewer"])
+    plan = plan_training(
+        config, trains="LoRA of the prior", needs=["prior", "semantic_encoder", *factory.preview_networks(config)]
+    )
     if config.check:
         print(plan)
         return
-    index = build.samples(config)
-    accelerator = build.launch(config, plan)
-    device, dtype = accelerator.device, getattr(torch, config.dtype)
+    index = factory.samples(config)
+    accelerator = factory.launch(config, plan)
+    device = accelerator.device
 
-    encoder = build.frozen(config, "semantic_encoder", device)
-    tokenizer, text_encoder = build.text_encoder(config, dtype=dtype)
-    tokens = build.learned_tokens(config, tokenizer, text_encoder)
-    prior = build.frozen(config, "prior", device, dtype=dtype)
-    build.add_config_lora(config, prior)
+    text = factory.trainable_text(config)
+    inputs = factory.prior_inputs(config, accelerator, index, text and text.to(device))
+    prior = factory.frozen_base(config, device)
+    factory.add_config_lora(config, prior)
     if config.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
-    model = ConditionedPrior(prior, text_encoder.to(device), tokenizer)
-    embed_image = build.image_embedder(config, device)
-    weighting = build.loss_weight(config)
-    batches = build.batches(config, index, accelerator, factor=encoder.stride)
-
-    def loss_fn(model, batch):
-        return prior_loss(
-            model,
-            batch.pixels.to(device),
-            batch.captions,
-            batch.seeds,
-            encode=encoder,
-            embed_image=embed_image,
-            weight=weighting.weight,
-            prediction_type=config.prediction_type,
-            offset_noise=config.offset_noise,
-            caption_dropout=config.caption_dropout,
-            shift=config.shift,
-        )
+    model = ConditionedPrior(prior, inputs.text)
+    weighting = factory.loss_weight(config)
 
     def save_fn(directory: Path, model: ConditionedPrior, ema) -> None:
         with averaged(model, ema):
-            save_lora(directory, prior=model.prior, tokens=tokens)
+            save_lora(directory, prior=model.prior, text_encoder=getattr(model.text, "text_encoder", None))
 
     train(
         config,
         accelerator,
         model=model,
-        batches=batches,
-        loss_fn=loss_fn,
+        batches=inputs.batches,
+        loss_fn=factory.prior_loss_fn(config, inputs, weighting.weight),
         save_fn=save_fn,
-        preview_fn=prior_previews(config, device, batches, encoder),
+        preview_fn=prior_previews(config, device, inputs),
         stateful=weighting.stateful,
         after_step=weighting.after_step,
+        learning_rate=factory.learning_rate(config),
     )
 
 

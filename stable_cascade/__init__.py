@@ -27,12 +27,12 @@ _EXPORTS = {
 }
 _SUBMODULES = (
     "adapters",
-    "build",
     "config",
     "controls",
     "data",
     "diffusion",
     "embedded",
+    "factory",
     "formats",
     "models",
     "objectives",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_cascade import build
+from stable_cascade import factory
+from stable_cascade.adapters import lora_ranks
 from stable_cascade.data import make_buckets
+from stable_cascade.redaction import redacted
+from stable_cascade.training.optimizers import check_optimizer
+from stable_cascade.training.tracking import LAUNCH_SHARDED
 
 
 def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
@@ -28,8 +33,14 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
         entries.append(("image_encoder", partial(_clip_weights, config, "image_encoder")))
     if hasattr(config, "train_tokens"):
         entries.append(("adapters", partial(_adapter_entry, config)))
+        if config.quantization != "none":
+            entries.append(("quantization", partial(_quantization_entry, config)))
+    if config.optimizer != "adamw":
+        entries.append(("optimizer", partial(_optimizer_entry, config)))
+    if hasattr(config, "controlnet_filter"):
+        entries.append(("controlnet", partial(_controlnet_entry, config)))
     if config.check:  # a training indexes its pictures right after this
-        entries.append(("data", lambda: str(getattr(build.samples(config), "report", "a stream"))))
+        entries.append(("data", lambda: str(getattr(factory.samples(config), "report", "a stream"))))
     missing = 0
     for name, entry in entries:
         try:
@@ -43,17 +54,20 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
     lines.append(f"batch           {config.batch_size} = {config.grad_accum_steps} x {micro} over all processes")
     lines.append(f"pictures        {_sizes(config, needs)}")
     lines.append(f"steps           {config.updates}, saved every {config.save_every}")
+    if config.use_fsdp:
+        lines.append("sharded         use_fsdp: True, so " + LAUNCH_SHARDED)
     if missing:
         lines.append(f"A training would stop: {missing} of the parts above missing or wrong.")
-    return "\n".join(lines)
+    return redacted("\n".join(lines))
 
 
 def _sizes(config: Any, needs: Sequence[str]) -> str:
     """The sizes of the training pictures: one, or one per bucket."""
     factor = 1
-    if "semantic_encoder" in needs:
+    divider = next((name for name in ("semantic_encoder", "vqgan") if name in needs), None)
+    if divider:
         try:
-            factor = build.network_on_meta(config, "semantic_encoder").stride  # type: ignore[assignment]
+            factor = factory.network_on_meta(config, divider).stride  # type: ignore[assignment]
         except ValueError:  # told already, in the network's own line
             return f"{config.image_size} px, ratios {config.multi_aspect_ratio or ['1/1']}"
     sizes = make_buckets(config.image_size, config.multi_aspect_ratio, factor=factor).sizes
@@ -62,26 +76,29 @@ def _sizes(config: Any, needs: Sequence[str]) -> str:
 
 def _network_entry(config: Any, name: str) -> str:
     """Size and place of a network."""
-    where = build.source(config, name)
-    parameters = sum(parameter.numel() for parameter in build.network_on_meta(config, name).parameters())
-    _has_weights(where, build.NETWORKS[name].key)
+    where = factory.source(config, name)
+    parameters = sum(parameter.numel() for parameter in factory.network_on_meta(config, name).parameters())
+    if not factory.remembered(config, name):
+        _has_weights(where, factory.source_key(config, name))
     return f"{parameters:>13,} parameters from {where}"
 
 
 def _text_entry(config: Any) -> str:
     """Size and place of the text encoder."""
-    _, encoder = build.text_encoder_on_meta(config)
+    _, encoder = factory.text_encoder_on_meta(config)
     where = _clip_weights(config, "text_encoder")
     return f"{sum(parameter.numel() for parameter in encoder.parameters()):>13,} parameters {where}"
 
 
 def _clip_weights(config: Any, part: str) -> str:
     """Place of a CLIP network."""
-    name, folder = build.clip_source(config, part)
+    name, folder = factory.clip_source(config, part)
     where = Path(name) / folder
     if Path(name).exists() and not where.exists():
         raise ValueError(f"'{name}' has no folder '{folder}'; set clip_{part.split('_')[0]}_model_name as well")
-    _has_weights(str(where), "pretrained_model_name_or_path" if folder else f"clip_{part.split('_')[0]}_model_name")
+    if not factory.remembered(config, part):
+        key = "pretrained_model_name_or_path" if folder else f"clip_{part.split('_')[0]}_model_name"
+        _has_weights(str(where), key)
     return f"from {where if Path(name).exists() else name}"
 
 
@@ -94,14 +111,49 @@ def _has_weights(where: str, key: str) -> None:
 
 def _adapter_entry(config: Any) -> str:
     """How much trains beside the frozen networks."""
-    prior = build.network_on_meta(config, "prior")
-    layers = build.add_config_lora(config, prior)
-    parameters = sum(parameter.numel() for parameter in prior.parameters() if parameter.requires_grad)
-    tokens = build.learned_tokens(config, *build.text_encoder_on_meta(config)) if _names_tokens(config) else None
-    names = f", token rows {', '.join(tokens.tokens)}" if tokens else ""
-    return f"{parameters:>13,} parameters in {len(layers)} layers{names}"
+    prior = factory.network_on_meta(config, "prior")
+    layers = factory.add_config_lora(config, prior)
+    said = f"{_trained(prior):>13,} parameters in {len(layers)} layers{_ranks(prior)}"
+    if config.train_tokens or config.lora_checkpoint_path or config.train_text_encoder:
+        tokenizer, encoder = factory.text_encoder_on_meta(config)
+        tokens = factory.learned_tokens(config, tokenizer, encoder)
+        if config.train_text_encoder:
+            layers = factory.add_config_text_lora(config, encoder)
+            rows = tokens.rows.numel() if tokens else 0
+            said += f", {_trained(encoder) - rows:,} in {len(layers)} of the text encoder{_ranks(encoder)}"
+        said += f", token rows {', '.join(tokens.tokens)}" if tokens else ""
+    return said
 
 
-def _names_tokens(config: Any) -> bool:
-    """Whether the tokenizer is needed to check the adapters."""
-    return bool(config.train_tokens or config.lora_checkpoint_path)
+def _trained(model: Any) -> int:
+    """Number of values that train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _ranks(model: Any) -> str:
+    """The ranks of the adapters and how many layers have each, as ` (rank 4: 12, rank 16: 4)`."""
+    counted = sorted(Counter(lora_ranks(model).values()).items())
+    return f" ({', '.join(f'rank {rank}: {count}' for rank, count in counted)})"
+
+
+def _optimizer_entry(config: Any) -> str:
+    """The optimizer, if its package is there."""
+    check_optimizer(config)
+    return str(config.optimizer)
+
+
+def _quantization_entry(config: Any) -> str:
+    """What of the frozen prior is stored in few bits."""
+    return factory.quantization_entry(config, factory.network_on_meta(config, "prior"))
+
+
+def _controlnet_entry(config: Any) -> str:
+    """Size of the ControlNet, where it acts, and what its control images are."""
+    control = factory.control_filter(config)
+    model = factory.controlnet_on_meta(config, factory.network_on_meta(config, "prior"), control)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    started = f"from {config.controlnet_checkpoint_path}" if config.controlnet_checkpoint_path else "new"
+    return (
+        f"{parameters:>13,} parameters, {started}, {config.controlnet_bottleneck_mode}, blocks "
+        f"{', '.join(map(str, config.controlnet_blocks))}; {config.controlnet_filter} of {control.channels} channels"
+    )

@@ -5,7 +5,9 @@ Previews draw from generators of their own, so that looking never changes what i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stable_cascade import build
+from stable_cascade import factory
 from stable_cascade.data import Batch
 from stable_cascade.diffusion.noise import gaussian_noise, sample_generators
 from stable_cascade.diffusion.process import add_noise, to_clean
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
-from stable_cascade.models.text import encode_prompts
-from stable_cascade.pipelines.sampling import Settings, Text, decode_vq, sample_semantic, sample_vq
+from stable_cascade.objectives.prior import EmbedText
+from stable_cascade.objectives.vqgan import perplexity, psnr
+from stable_cascade.pipelines.sampling import Settings, Text, decode_vq, sample_semantic, sample_vq, vq_noise_shape
 from stable_cascade.schedulers import StableCascadeScheduler
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.sheets import preview_sheet
@@ -30,10 +33,10 @@ Preview = Callable[[Path, Any, int, Any], list[Path]]
 _quiet = partial(tqdm, disable=True)
 
 
-def embedded_text(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], device: torch.device) -> Text:
+def embedded_text(embed: EmbedText, prompts: Sequence[str]) -> Text:
     """The prompts and as many empty ones, ready for guidance."""
     count = len(prompts)
-    hidden, pooled, _ = encode_prompts(text_encoder, tokenizer, [*prompts, *[""] * count], device)
+    hidden, pooled = embed([*prompts, *[""] * count])
     return Text(hidden[:count], pooled[:count], hidden[count:], pooled[count:])
 
 
@@ -53,30 +56,44 @@ def no_previews(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
     return []
 
 
-def prior_previews(config: Any, device: torch.device, batches: Batches, encoder: Any) -> Preview:
-    """Sheets of Stage C through the previewer: pictures, their latents, one step of denoising, samples (EMA too)."""
+def prior_previews(
+    config: Any, device: torch.device, inputs: factory.Inputs, control: Callable[[Batch], Tensor] | None = None
+) -> Preview:
+    """Sheets of Stage C: pictures, their latents, one step of denoising, samples (EMA too), control images.
+
+    Args:
+        control: batch -> control images (B, c, H, W) of its pictures, as the training makes them.
+    """
     if not config.num_preview_images:
         return no_previews
-    previewer = build.frozen(config, "previewer", device)
-    batch, count = next(batches(0)), config.num_preview_images
-    prompts = list(config.validation_prompts or batch.captions[:count])
-    shown, captions = batch.pixels[:count].to(device), batch.captions[:count]
-    clean = encoder(shown).float()
+    show = latents_shown(config, device, inputs)
+    batch = first_pictures(inputs.pictures, config.num_preview_images)
+    prompts = list(config.validation_prompts or batch.captions)
+    clean, captions = inputs.encode(batch), batch.captions
+    image = control(batch) if control is not None else None
     settings = Settings(config.preview_steps, config.preview_guidance_scale)
     scheduler = StableCascadeScheduler(shift=2.0, prediction_type=config.prediction_type)
 
     def draw(model: Any) -> Tensor:
         generators = sample_generators(range(config.seed, config.seed + len(prompts)), "preview sample")
         noise = gaussian_noise(clean.shape[1:], generators).to(device)
-        text = embedded_text(model.text_encoder, model.tokenizer, prompts, device)
-        latents = sample_semantic(
-            model.prior, scheduler, noise, text, None, settings, generator=generators, progress=_quiet
-        )
-        return previewer(latents)
+        text = embedded_text(model.text, prompts)
+        run: dict[str, Any] = {"generator": generators, "progress": _quiet}
+        if image is not None:
+            run["control"] = model.controlnet(cycled(image, len(prompts)))
+        return show(sample_semantic(model.prior, scheduler, noise, text, None, settings, **run), prompts)
 
     def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
-        guess = one_step(lambda x, r: model(x, r, captions, None), clean, config.prediction_type, 0.5)
-        rows = [("pictures", shown), ("latents", previewer(clean)), ("one step", previewer(guess))]
+        guess = one_step(lambda x, r: model(x, r, captions, None, image), clean, config.prediction_type, 0.5)
+        rows = [
+            ("pictures", factory.shown(batch, device)),
+            ("latents", show(clean, captions)),
+            ("one step", show(guess, captions)),
+        ]
+        if image is not None:
+            from stable_cascade.controls import control_picture
+
+            rows.append(("control", control_picture(image)))
         rows.append(("samples", draw(model)))
         if ema is not None:
             with averaged(model, ema):
@@ -86,16 +103,63 @@ def prior_previews(config: Any, device: torch.device, batches: Batches, encoder:
     return preview
 
 
+def first_pictures(batches: Batches, count: int) -> Batch:
+    """The first `count` samples of the training."""
+    batch = next(batches(0))
+    few: dict[str, Any] = {
+        name: value[:count] for name, value in vars(batch).items() if isinstance(value, (list, Tensor))
+    }
+    return replace(batch, **few)
+
+
+def cycled(rows: Tensor, count: int) -> Tensor:
+    """`count` rows, starting again from the first when they are used up."""
+    return rows[torch.arange(count, device=rows.device) % len(rows)]
+
+
+def latents_shown(
+    config: Any, device: torch.device, inputs: factory.Inputs
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """(semantic latents, captions) -> pictures: through Stages B and A where the config names Stage B, else rough."""
+    if not config.stage_b_checkpoint_path:
+        previewer = factory.frozen(config, "previewer", device)
+        return lambda latents, captions: previewer(latents)
+    dtype = getattr(torch, config.dtype)
+    decoder = factory.frozen(config, "decoder", device, dtype=dtype)
+    vqgan = factory.frozen(config, "vqgan", device)
+    settings, scheduler = Settings(config.preview_decoder_steps, 1.1), StableCascadeScheduler()
+    height, width = picture_size(config, inputs)
+
+    def show(latents: Tensor, captions: Sequence[str]) -> Tensor:
+        generators = sample_generators(range(config.seed, config.seed + len(latents)), "preview decoder")
+        noise = gaussian_noise(vq_noise_shape(decoder, vqgan, height, width), generators).to(device)
+        text = embedded_text(inputs.text, captions)
+        run = {"generator": generators, "progress": _quiet}
+        return decode_vq(vqgan, sample_vq(decoder, scheduler, noise, text, latents, settings, **run), height, width)
+
+    return show
+
+
+def picture_size(config: Any, inputs: factory.Inputs) -> tuple[int, int]:
+    """Height and width of the preview pictures: a third more than the training's, as Stage B draws them.
+
+    Stage C's latents stand for 32 pixels a side in training and for 42.67 at inference (8 and 10.67 in the embedded
+    cascade): Stage B was trained to draw from latents of a smaller picture.
+    """
+    pixels = next(inputs.pictures(0)).pixels
+    assert pixels is not None
+    return int(pixels.shape[-2] * 4 / 3), int(pixels.shape[-1] * 4 / 3)
+
+
 def decoder_previews(
-    config: Any, batches: Batches, encoder: Any, vqgan: Any, tokenizer: Any, text_encoder: Any
+    config: Any, device: torch.device, batches: Batches, encoder: Any, vqgan: Any, embed_text: EmbedText
 ) -> Preview:
     """Sheets of Stage B: pictures, Stage A alone, Stage B sampled from their semantic latents."""
-    device = text_encoder.device
     if not config.num_preview_images:
         return no_previews
-    batch, count = next(batches(0)), config.num_preview_images
-    shown, captions = batch.pixels[:count].to(device), batch.captions[:count]
-    text = embedded_text(text_encoder, tokenizer, captions, device)
+    batch = first_pictures(batches, config.num_preview_images)
+    shown, captions = factory.shown(batch, device), batch.captions
+    text = embedded_text(embed_text, captions)
     height, width = shown.shape[-2:]
     semantic = encoder(shown).float()
     clean = vqgan.encode(shown).latents.float() / vqgan.config.scale_factor
@@ -115,5 +179,44 @@ def decoder_previews(
             with averaged(model, ema):
                 rows.append(("EMA rebuilt", draw(model)))
         return [preview_sheet(rows, directory / f"step-{step:08d}.png", captions=captions)]
+
+    return preview
+
+
+def vqgan_previews(config: Any, pictures: Tensor) -> Preview:
+    """Sheets of Stage A: pictures, rebuilt as they are and through codes (EMA too); beside each, its figures as JSON.
+
+    The figures: mean `psnr` and `psnr_codes` in dB over all of `pictures`, `codes` used for them, their `perplexity`.
+    """
+    count = config.num_preview_images
+    if not count:
+        return no_previews
+
+    def rebuild(vqgan: Any, prefix: str) -> tuple[list[tuple[str, Tensor]], dict[str, float]]:
+        plain, coded, used = [], [], torch.zeros(vqgan.config.num_vq_embeddings, device=pictures.device)
+        for part in pictures.split(count):
+            latents = vqgan.encode(part).latents
+            found = vqgan.decode(latents, force_not_quantize=False)
+            plain.append(vqgan.decode(latents).sample.float().clamp(0, 1))
+            coded.append(found.sample.float().clamp(0, 1))
+            used += torch.bincount(found.quantized.indices.flatten(), minlength=len(used))
+        figures = {
+            "psnr": psnr(torch.cat(plain), pictures).mean().item(),
+            "psnr_codes": psnr(torch.cat(coded), pictures).mean().item(),
+            "codes": int((used > 0).sum()),
+            "perplexity": perplexity(used),
+        }
+        rows = [(f"{prefix}rebuilt", plain[0])]
+        return rows + ([(f"{prefix}codes", coded[0])] if config.quantize_share else []), figures
+
+    def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
+        rows, figures = rebuild(model.vqgan, "")
+        if ema is not None:
+            with averaged(model, ema):
+                more, figures = rebuild(model.vqgan, "EMA ")
+            rows += more
+        target = directory / f"step-{step:08d}.png"
+        target.with_suffix(".json").write_text(json.dumps({"step": step, **figures}) + "\n")
+        return [preview_sheet([("pictures", pictures[:count]), *rows], target)]
 
     return preview

@@ -13,11 +13,13 @@ from tests.two_processes import launch_two
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH_CONFIGS = {"single_gpu", "ddp", "fsdp", "fsdp2", "deepspeed_zero2", "cpu", "cpu_2proc"}
 # Example config, by the start of its name -> the trainer that reads it.
+# How the name of an example config tells its trainer; the first that matches holds.
 TRAINERS = {
-    "lora": "train_lora.py",
-    "text_to_image": "train_text_to_image.py",
-    "decoder": "train_decoder.py",
-    "controlnet": "train_controlnet.py",
+    r"controlnet": "train_controlnet.py",
+    r"lora|finetune_c_3b_lora": "train_lora.py",
+    r"text_to_image|finetune_c": "train_text_to_image.py",
+    r"decoder|finetune_b": "train_decoder.py",
+    r"vqgan|stage_a": "train_vqgan.py",
 }
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".sh", ".cfg", ".svg", ""}
 # Put together here so that this file does not contain what it looks for.
@@ -121,8 +123,8 @@ def test_example_configs_have_a_trainer():
     configs = sorted((ROOT / "examples" / "configs").rglob("*.yaml"))
     assert configs
     for path in configs:
-        trainers = [script for start, script in TRAINERS.items() if path.stem.startswith(start)]
-        assert len(trainers) == 1, f"{path.name}: a config's name starts with one of {sorted(TRAINERS)}"
+        trainers = [script for pattern, script in TRAINERS.items() if re.match(pattern, path.stem)]
+        assert trainers, f"{path.name}: a config's name starts with one of {', '.join(TRAINERS)}"
         assert (ROOT / "examples" / trainers[0]).is_file(), f"{path.name} needs examples/{trainers[0]}"
         assert isinstance(yaml.safe_load(text_of(path)), dict), f"{path.name} holds no keys"
 

@@ -268,3 +268,28 @@ def test_two_processes_equal_one(tmp_path, steady):
     for trainer, changes in runs.items():
         one = train(trainer, tmp_path / "one", steady, experiment_id=trainer, **changes)
         assert_same(tmp_path / "two/runs" / trainer / "final", one, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_bits(tmp_path, steady):
+    """Every trainer on two processes: whole, again from the checkpoint of its third step, and on one process."""
+    runs = {
+        "lora": {"ema_beta": 0.5, **ROUNDED},
+        "text_to_image": {"adaptive_loss_weight": True, "gradient_checkpointing": True, **ROUNDED},
+        "decoder": {"adaptive_loss_weight": True, "ema_beta": 0.5, "effnet_noise": 0.1, **ROUNDED},
+    }
+    folder = tmp_path / "two"
+    for trainer, changes in runs.items():
+        resumes = {trainer: "latest", f"{trainer}_again": str(folder / "runs" / trainer / "step-00000003")}
+        for name, resume in resumes.items():
+            values = settings(trainer, folder, steady, experiment_id=name, resume=resume, save_every=3, **changes)
+            config = write_config(tmp_path / f"{name}.yaml", values)
+            done = launch_two(ROOT / "tests/trainer_runs.py", trainer, str(config))
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert "processes       2," in done.stdout
+            assert ("resuming after step 3 from" in done.stdout) == (resume != "latest")
+    for trainer, changes in runs.items():
+        two = folder / "runs" / trainer / "final"
+        assert_same(folder / f"runs/{trainer}_again/final", two)
+        one = train(trainer, tmp_path / "one", steady, experiment_id=trainer, **changes)
+        assert_same(two, one, tolerance=1e-5)

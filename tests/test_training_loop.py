@@ -31,15 +31,16 @@ def plain_loss(model, batch):
     return {"loss": (model(batch.pixels) - batch.pixels.flip(-1)).square().mean(1)}
 
 
-def flat_training(config: TrainingSettings) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def flat_training(config: TrainingSettings, rates=None) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     model = Toy().train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, fused=True)
+    groups = [{"params": [p], "full": rates(name) if rates else config.lr} for name, p in trained.items()]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     ema = {name: p.detach().clone() for name, p in trained.items()}
     stream = toy_batches(config)(0)
     for step in range(config.updates):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate_share("cosine", step, warmup=3, updates=12)
+            group["lr"] = group["full"] * learning_rate_share("cosine", step, warmup=3, updates=12)
         for part in range(config.grad_accum_steps):
             with torch.random.fork_rng():
                 torch.manual_seed(step_seed(config.seed, step, part, 0))
@@ -87,6 +88,37 @@ def test_learning_rate(name, values):
 def test_learning_rate_without_warmup_is_full_at_once():
     assert learning_rate_share("constant", 0, warmup=0, updates=10) == 1.0
     assert learning_rate_share("constant", 0, warmup=1, updates=10) == 1.0
+
+
+def test_parameters_have_rates_of_their_own(tmp_path):
+    """Rates by name, with one schedule: plain torch with two groups gives the same bits, and so does a resumed run."""
+    rates = lambda name: 0.03 if name.startswith("outer") else 0.01  # noqa: E731
+    plain = {"loss_fn": plain_loss, "after_step": None, "stateful": {}}
+    config = toy_config(tmp_path / "whole")
+    result = toy_train(config, learning_rate=rates, **plain)
+    model, ema = flat_training(config, rates)
+    written = saved(result.export)
+    assert all(torch.equal(written["own"][name], weight) for name, weight in model.state_dict().items())
+    assert all(torch.equal(written["ema"][name], weight) for name, weight in ema.items())
+
+    everywhere = saved(toy_train(toy_config(tmp_path / "one"), **plain).export)
+    same = saved(toy_train(toy_config(tmp_path / "same"), learning_rate=lambda name: 0.01, **plain).export)
+    for name, weight in everywhere["own"].items():
+        assert torch.equal(same["own"][name], weight)
+        assert torch.equal(written["own"][name], weight) == name.startswith("frozen")
+
+    toy_train(toy_config(tmp_path / "parts"), learning_rate=rates, **plain)
+    again = toy_config(tmp_path / "again", resume=tmp_path / "parts/runs/toy/step-00000008")
+    again = saved(toy_train(again, learning_rate=rates, **plain).export)
+    assert all(torch.equal(again["own"][name], weight) for name, weight in written["own"].items())
+    with pytest.raises(ValueError, match=r"learning rate nan of 'inner.weight' is not a finite number from 0"):
+        toy_train(toy_config(tmp_path / "bad"), learning_rate=lambda name: float("nan"), **plain)
+
+
+def test_moving_average_in_main_memory_is_the_same(tmp_path):
+    usual, away = (saved(toy_train(toy_config(tmp_path / str(o), ema_offload=o)).export) for o in (False, True))
+    assert usual["ema"]
+    assert all(torch.equal(away["ema"][name], weight) for name, weight in usual["ema"].items())
 
 
 def test_moving_average_copies_then_averages():
@@ -213,7 +245,8 @@ def test_log_file_and_trackers_work_offline(tmp_path, monkeypatch):
     toy_train(config)
     lines = [json.loads(line) for line in (tmp_path / "toy/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "loss", "lr", "samples_per_second", "samples_seen", "broken"}
+    by_noise = {"loss_by_log_snr", "samples_by_log_snr"}
+    assert set(lines[0]) == {"step", "loss", "lr", "samples_per_second", "samples_seen", "broken"} | by_noise
     assert lines[1]["samples_seen"] == 32
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert list(tmp_path.rglob("offline-run-*"))

@@ -1,11 +1,14 @@
 """A training of a tiny network through the real loop, for the tests; also a program, to be killed and launched twice.
 
-python tests/toy_run.py --key value ...    TOY_PAUSE=seconds per step, TOY_BAD=key of a sample whose loss is NaN
+python tests/toy_run.py --key value ...    TOY_PAUSE=seconds per step, TOY_BAD=key of a sample whose loss is NaN,
+TOY_FAULT=PROCESS:STEP:raise|stuck|kill, what happens to a process when it loads that step
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +40,7 @@ class Toy(nn.Module):
         self.frozen.requires_grad_(False)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.inputs = rows.dtype
         return self.outer(self.dropout(torch.nn.functional.gelu(self.inner(self.frozen(rows)))))
 
 
@@ -56,6 +60,7 @@ def toy_batches(config: TrainingSettings, processes: int = 1, process: int = 0):
             time.sleep(pause)
             if pause:
                 Path(config.output_path, f"began-{step}").touch()
+            suffer(process, step)
             for part in range(config.grad_accum_steps):
                 first = step * config.batch_size + (part * processes + process) * size
                 positions = range(first, first + size)
@@ -65,6 +70,17 @@ def toy_batches(config: TrainingSettings, processes: int = 1, process: int = 0):
             step += 1
 
     return from_step
+
+
+def suffer(process: int, step: int) -> None:
+    """The fault that the environment asks for, if it is meant here."""
+    where, _, what = os.environ.get("TOY_FAULT", "").rpartition(":")
+    if where == f"{process}:{step}":
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stuck":
+            atexit.register(time.sleep, 90)
+        raise OSError(f"shard of step {step + 1} is gone")
 
 
 def toy_loss(weight: AdaptiveLossWeight, bad: str = ""):
@@ -139,6 +155,7 @@ def main() -> None:
     result = toy_train(config, model, bad=os.environ.get("TOY_BAD", ""))
     accelerator = make_accelerator(config)
     accelerator.print(f"processes={accelerator.num_processes} finished={result.finished} step={result.step}")
+    accelerator.print(f"inputs={model.inputs}")
 
 
 if __name__ == "__main__":

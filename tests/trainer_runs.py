@@ -47,6 +47,9 @@ def settings(trainer: str, folder: Path, cascade: Path, **changes: Any) -> dict[
     }  # fmt: skip
     if trainer == "lora":
         values |= {"rank": 2, "train_tokens": [["[fox]", "^dog</w>"], ["^snail", None]]}
+    if trainer == "controlnet":
+        values |= {"controlnet_blocks": [0, 1, 3], "controlnet_filter": "CannyFilter",
+                   "controlnet_filter_params": {"resize": 32}}  # fmt: skip
     return {key: value for key, value in (values | changes).items() if value is not None}
 
 

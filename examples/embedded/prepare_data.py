@@ -3,10 +3,10 @@
     python examples/embedded/prepare_data.py                     # fetches the four npm packages, then draws
     python examples/embedded/prepare_data.py --packages FOLDER   # packages already unpacked there
 
-Writes base.tar, clip.tar, wide.tar, heldout.tar and ink_heldout.tar to --out, and with --committed the small files
-that belong to the repository: examples/data/ink_emoji.tar, and the captions and pictures that evaluate.py compares
-with. Every sample is a PNG, its caption and a JSON with concept, style, source and licence. Two runs write the same
-bytes.
+Writes base.tar, control.tar, clip.tar, wide.tar, heldout.tar and ink_heldout.tar to --out, and with --committed the
+small files that belong to the repository: examples/data/ink_emoji.tar, and the captions and pictures that evaluate.py
+and evaluate_control.py compare with. Every sample is a PNG, its caption and a JSON with concept, style, source and
+licence. Two runs write the same bytes.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from pathlib import Path
 
 from concepts import BACKGROUNDS, BASE_LABELS, HELD_OUT_GROUPS, INK_LABELS, WHITE, caption_name
 from PIL import Image
-from render import STYLES, Concept, draw, fetch_packages, load_concepts, png_bytes, rng_for
+from render import STYLES, Concept, draw, draw_freely, fetch_packages, load_concepts, png_bytes, rng_for
 
 SIDE = 128
-INK_SIDE = 96
+INK_SIDE = CONTROL_SIDE = 96
 HERE = Path(__file__).resolve().parent
 Sample = tuple[str, Image.Image, str, dict]
 
@@ -85,6 +85,23 @@ def base_samples(concepts: dict[str, Concept], copies: int = 6) -> Iterator[Samp
             image = draw(concept.drawings[style], SIDE, colour, pose=pose)
             caption = caption_for(concept.label, style, name)
             yield key_for(concept.label, style, copy), image, caption, record(concept, style, name)
+
+
+def control_samples(concepts: dict[str, Concept], word: str, copies: int, side: int) -> Iterator[Sample]:
+    """Base pictures in poses that their captions do not tell, three in four on white; `word` chooses the poses."""
+    for concept, style in base_pictures(concepts):
+        for copy in range(copies):
+            rng = rng_for(word, concept.label, style, copy)
+            name, colour = WHITE if rng.random() < 0.75 else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+            image = draw_freely(concept.drawings[style], side, colour, rng)
+            caption = caption_for(concept.label, style, name)
+            yield key_for(concept.label, style, copy), image, caption, record(concept, style, name)
+
+
+def control_held_out(concepts: dict[str, Concept], count: int = 120) -> list[Sample]:
+    """Poses that no training picture has, of base pictures chosen by hash: what the ControlNet is measured with."""
+    samples = control_samples(concepts, "control held out", 1, SIDE)
+    return sorted(samples, key=lambda sample: rng_for("control mosaic", sample[0]).random())[:count]
 
 
 def clip_samples(concepts: dict[str, Concept]) -> Iterator[Sample]:
@@ -213,6 +230,7 @@ def main() -> None:
     concepts = load_concepts(packages)
     out = arguments.out
     write_shard(out / "base.tar", base_samples(concepts))
+    write_shard(out / "control.tar", control_samples(concepts, "control", 24, CONTROL_SIDE))
     write_shard(out / "wide.tar", wide_samples(concepts))
     write_shard(out / "clip.tar", clip_samples(concepts))
     write_shard(out / "heldout.tar", held_out_samples(concepts))
@@ -220,6 +238,7 @@ def main() -> None:
     write_shard(out / "ink_heldout.tar", ink_samples(concepts, rest, SIDE))
     if arguments.committed:
         write_shard(HERE.parent / "data" / "ink_emoji.tar", ink_samples(concepts, INK_LABELS, INK_SIDE))
+        write_mosaic(HERE / "control_120.webp", control_held_out(concepts), columns=15, side=64)
         write_mosaic(HERE / "captions_100.webp", retrieval_samples(concepts), columns=10, side=32)
         write_mosaic(HERE / "held_out_200.webp", held_out_samples(concepts), columns=20, side=64)
 

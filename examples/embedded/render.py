@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from concepts import SKIPPED_ENDINGS, SKIPPED_LABELS, WIDE_GROUPS, WIDE_SYMBOL_SUBGROUPS
-from PIL import Image
+from PIL import Image, ImageOps
 
 STYLES = {
     "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0"),
@@ -138,12 +138,9 @@ def draw(svg: str, side: int, background: tuple[int, int, int], *, pose=(1.0, 0,
     `pose` is the drawing's scale and its shift from the middle in px, right and down; `hue` turns its hues, 1 being
     the whole way round.
     """
-    import resvg_py
-
     scale, right, down = pose
     inner = round(side * scale)
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=inner, height=inner, skip_system_fonts=True))
-    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    drawing = rasterised(svg, inner)
     if hue:
         alpha = drawing.getchannel("A")
         h, s, v = drawing.convert("RGB").convert("HSV").split()
@@ -154,6 +151,25 @@ def draw(svg: str, side: int, background: tuple[int, int, int], *, pose=(1.0, 0,
     margin = side - inner
     canvas.alpha_composite(drawing, (clip(margin // 2 + right, margin), clip(margin // 2 + down, margin)))
     return canvas.convert("RGB")
+
+
+def draw_freely(svg: str, side: int, background: tuple[int, int, int], rng: np.random.Generator) -> Image.Image:
+    """The emoji anywhere on a plain background: 55 to 95 % of its size, turned up to 30 degrees, half mirrored."""
+    scale, angle, mirrored = float(rng.uniform(0.55, 0.95)), float(rng.uniform(-30, 30)), rng.random() < 0.5
+    drawing = rasterised(svg, round(side * scale))
+    drawing = (ImageOps.mirror(drawing) if mirrored else drawing).rotate(angle, Image.Resampling.BICUBIC)
+    canvas = Image.new("RGBA", (side, side), (*background, 255))
+    margin = side - drawing.width
+    canvas.alpha_composite(drawing, (int(rng.integers(0, margin + 1)), int(rng.integers(0, margin + 1))))
+    return canvas.convert("RGB")
+
+
+def rasterised(svg: str, side: int) -> Image.Image:
+    """The drawing in pixels, with its transparency."""
+    import resvg_py
+
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
+    return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
 def clip(offset: int, margin: int) -> int:

@@ -15,7 +15,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from stable_cascade import build
+from stable_cascade import factory
 from stable_cascade.config import CLIPConfig, load_config, run_main
 from stable_cascade.models.clip_image import clip_pixels
 from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.check:
         print(f"trains two towers of {sum(p.numel() for p in model.parameters()):,} parameters")
         return
-    index = build.samples(config)
+    index = factory.samples(config)
     accelerator = make_accelerator(config)
-    batches = build.batches(config, index, accelerator, factor=8)
+    batches = factory.batches(config, index, accelerator, factor=8)
 
     def loss_fn(model: nn.Module, batch):
         return contrastive_loss(model, clip_pixels(batch.pixels.to(accelerator.device), size), batch.captions)

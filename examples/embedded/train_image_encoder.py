@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stable_cascade import build
+from stable_cascade import factory
 from stable_cascade.config import ImageEncoderConfig, load_config, run_main
 from stable_cascade.objectives.autoencoding import EncoderWithPreviewer, image_encoder_loss
 from stable_cascade.plan import plan_training
@@ -24,10 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.check:
         print(plan)
         return
-    index = build.samples(config)
+    index = factory.samples(config)
     accelerator = make_accelerator(config)
-    encoder, previewer = build.network(config, "semantic_encoder"), build.network(config, "previewer")
-    batches = build.batches(config, index, accelerator, factor=encoder.stride)
+    encoder, previewer = factory.network(config, "semantic_encoder"), factory.network(config, "previewer")
+    batches = factory.batches(config, index, accelerator, factor=encoder.stride)
     model = EncoderWithPreviewer(encoder, previewer)
     shown = next(batches(0)).pixels[:16]
 

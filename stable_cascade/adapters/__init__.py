@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "LearnedTokens": "tokens",
+    "QuantizedLinear": "quantized",
     "StableCascadeLoraLoaderMixin": "loaders",
     "add_learned_tokens": "tokens",
     "add_lora": "lora",
@@ -14,7 +15,10 @@ _EXPORTS = {
     "layer_shapes": "layers",
     "load_lora": "loading",
     "lora_path": "loading",
+    "lora_ranks": "layers",
     "lora_state_dict": "lora",
+    "quantize": "quantized",
+    "quantized_bytes": "quantized",
     "read_learned_embeds": "tokens",
     "read_lora": "loading",
     "remove_lora": "lora",
@@ -24,6 +28,7 @@ _EXPORTS = {
 
 __all__ = [
     "LearnedTokens",
+    "QuantizedLinear",
     "StableCascadeLoraLoaderMixin",
     "add_learned_tokens",
     "add_lora",
@@ -31,7 +36,10 @@ __all__ = [
     "layer_shapes",
     "load_lora",
     "lora_path",
+    "lora_ranks",
     "lora_state_dict",
+    "quantize",
+    "quantized_bytes",
     "read_learned_embeds",
     "read_lora",
     "remove_lora",
@@ -40,10 +48,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .layers import layer_shapes
+    from .layers import layer_shapes, lora_ranks
     from .loaders import StableCascadeLoraLoaderMixin
     from .loading import load_lora, lora_path, read_lora
     from .lora import add_lora, lora_state_dict, remove_lora, save_lora
+    from .quantized import QuantizedLinear, quantize, quantized_bytes
     from .tokens import LearnedTokens, add_learned_tokens, add_token_rows, read_learned_embeds, save_learned_embeds
 
 

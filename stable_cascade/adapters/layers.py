@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .quantized import QuantizedLinear
 from .tokens import LearnedTokens
 
 
@@ -15,9 +16,29 @@ def layer_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Weight shape of every linear and convolution layer, by its name without adapters."""
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name:
+        if ".lora_" in name:
+            continue
+        if isinstance(module, QuantizedLinear):
+            layers[name.removesuffix(".base_layer")] = torch.Size((module.out_features, module.in_features))
+        elif isinstance(module, nn.Linear | nn.Conv2d):
             layers[name.removesuffix(".base_layer")] = module.weight.shape
     return layers
+
+
+def lora_ranks(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+    """Rank of every layer that carries the adapter, by the layer's name."""
+    return {name: layer.r[adapter_name] for name, layer in _carrying(model, adapter_name)}
+
+
+def lora_scales_of(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """What the update of every layer that carries the adapter is multiplied by, by the layer's name."""
+    return {name: layer.scaling[adapter_name] for name, layer in _carrying(model, adapter_name)}
+
+
+def _carrying(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:
+    """(name, layer) of every layer that carries the adapter."""
+    wanted = {id(layer) for layer in tuner_layers(model) if adapter_name in layer.r}
+    return [(name, module) for name, module in model.named_modules() if id(module) in wanted]
 
 
 def component_of(model: nn.Module) -> str:
@@ -37,11 +58,15 @@ def inject(model: Any, config: Any, adapter_name: str) -> None:
     """Adds the adapter's layers in float32, leaves learned token rows trainable and the global RNG untouched."""
     from peft import inject_adapter_in_model
 
+    from .quantized_lora import QuantizedLoraLinear
+
     if adapter_name in getattr(model, "peft_config", {}):
         used = ", ".join(model.peft_config)
         raise ValueError(f"adapter_name '{adapter_name}' is in use ({used}); choose another or delete it first")
+    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        warnings.filterwarnings("ignore", "Unsupported layer type .*QuantizedLinear")  # registered above
         inject_adapter_in_model(config, model, adapter_name)
     model._hf_peft_config_loaded = True
     for layer in tuner_layers(model):

@@ -17,6 +17,7 @@ from stable_cascade.formats import lora as files
 from .layers import tuner_layers
 from .loading import LoraFile, load_part, lora_path, read_lora
 from .lora import remove_lora
+from .quantized import QuantizedLinear
 from .tokens import EMBEDS_NAME, add_token_rows, read_learned_embeds, restart_rows
 
 Source = str | os.PathLike | Mapping[str, Tensor]
@@ -140,8 +141,16 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the active adapters into the weights, which are kept aside for `unfuse_lora`."""
+        """Adds the active adapters into the weights, which are kept aside for `unfuse_lora`.
+
+        Raises:
+            ValueError: the weights are quantised.
+        """
         components = list(components or self._lora_loadable_modules)
+        layers = [layer for component in components for _, layer in _layers(getattr(self, component, None))]
+        quantized = next((layer for layer in layers if isinstance(layer.get_base_layer(), QuantizedLinear)), None)
+        if quantized is not None:
+            quantized.merge()  # says why it cannot, before anything is kept aside
         kept = self.__dict__.setdefault("_before_fusing", {})
         for component in components:
             for name, layer in _layers(getattr(self, component, None)):

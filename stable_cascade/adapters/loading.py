@@ -154,6 +154,19 @@ def _config_of(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
     )
 
 
+def lora_scales(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, float]:
+    """How strongly a file's update of each layer acts, alpha / rank, by the layer's name."""
+    from peft.utils.other import get_pattern_key
+
+    config, scales = _config_of(state_dict, metadata), {}
+    for key, value in state_dict.items():
+        name, found, _ = key.partition(".lora_A.")
+        if found:
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+            scales[name] = alpha / (len(value) ** 0.5 if config.use_rslora else len(value))
+    return scales
+
+
 def _fits(name: str, component: str, state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """Raises unless every pair of factors has a layer of its shape."""
     for key, down in state_dict.items():

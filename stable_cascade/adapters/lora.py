@@ -28,6 +28,8 @@ def add_lora(
     *,
     module_filters: Sequence[str],
     rank: int,
+    module_excludes: Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     use_dora: bool = False,
@@ -41,21 +43,30 @@ def add_lora(
 
     Args:
         module_filters: substrings of layer names, ours or the original's ('.attn' finds the four projections).
-        lora_alpha: the update is scaled by lora_alpha / rank; by default 1.
+        module_excludes: substrings of names of layers that `module_filters` choose and that get no update after all.
+        rank_pattern: such a substring -> the rank of the layers that have it; of several the last one counts.
+        lora_alpha: every layer's update is scaled by lora_alpha / rank, whatever rank it has; by default 1.
 
     Raises:
         ValueError: rank below 1, a filter that matches nothing or only depthwise layers, or a name in use.
     """
     from peft import LoraConfig
 
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank {rank!r} is not a positive whole number; 4 to 64 are usual")
+    given = {"rank": rank, **{f"rank_pattern '{word}':": own for word, own in (rank_pattern or {}).items()}}
+    for key, value in given.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} {value!r} is not a positive whole number; 4 to 64 are usual")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout {lora_dropout} is outside [0, 1)")
     targets = _targets(model, [module_filters] if isinstance(module_filters, str) else list(module_filters))
+    targets = _without(targets, module_excludes or ())
+    alpha = rank if lora_alpha is None else lora_alpha
+    ranks = _ranks(targets, rank_pattern or {})
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        rank_pattern={f"^{name}": own for name, own in ranks.items()},
+        alpha_pattern={f"^{name}": alpha / rank * own for name, own in ranks.items()},  # type: ignore[misc]
         lora_dropout=lora_dropout,
         use_dora=use_dora,
         target_modules=targets,
@@ -143,12 +154,7 @@ def _targets(model: Any, filters: list[str]) -> list[str]:
     if not filters:
         raise ValueError("module_filters [] chooses no layer; ['.attn'] is usual")
     for word in filters:
-        if not files.matching_modules(layers, [word]):
-            nearest = difflib.get_close_matches(word, files.filter_words(layers), n=3, cutoff=0)
-            raise ValueError(
-                f"module_filters ['{word}'] match no linear layer of the {what}; "
-                f"nearest: {', '.join(map(repr, nearest))}"
-            )
+        _matching(layers, word, f"module_filters ['{word}'] match no linear layer of the {what}")
     chosen = files.matching_modules(layers, filters)
     targets = [name for name in chosen if getattr(_base(model, name), "groups", 1) == 1]
     if not targets:
@@ -156,6 +162,35 @@ def _targets(model: Any, filters: list[str]) -> list[str]:
     if len(targets) < len(chosen):
         logger.info("LoRA: %d depthwise convolutions of the %s stay as they are", len(chosen) - len(targets), what)
     return targets
+
+
+def _matching(layers: Sequence[str], word: str, otherwise: str) -> list[str]:
+    """The layers whose name, ours or the original's, contains the word; an error that says the nearest without one."""
+    found = files.matching_modules(layers, [word])
+    if not found:
+        nearest = difflib.get_close_matches(word, files.filter_words(layers), n=3, cutoff=0)
+        raise ValueError(f"{otherwise}; nearest: {', '.join(map(repr, nearest))}")
+    return found
+
+
+def _without(targets: list[str], excludes: Sequence[str]) -> list[str]:
+    """The layers that no word in `excludes` names."""
+    kept = list(targets)
+    for word in [excludes] if isinstance(excludes, str) else excludes:
+        found = _matching(targets, word, f"module_excludes ['{word}'] match none of the {len(targets)} layers chosen")
+        kept = [name for name in kept if name not in found]
+    if not kept:
+        raise ValueError(f"module_excludes {list(excludes)} leave none of the {len(targets)} layers chosen; drop one")
+    return kept
+
+
+def _ranks(targets: Sequence[str], pattern: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every layer that the pattern gives one."""
+    ranks: dict[str, int] = {}
+    for word, rank in pattern.items():
+        found = _matching(targets, word, f"rank_pattern '{word}' matches none of the {len(targets)} layers chosen")
+        ranks.update(dict.fromkeys(found, rank))
+    return ranks
 
 
 def _base(model: nn.Module, name: str) -> nn.Module:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import stable_cascade
+from stable_cascade.cli.cache import add_cache
+from stable_cascade.cli.estimate import add_estimate
+from stable_cascade.cli.publish import add_publish
+from stable_cascade.redaction import redacted
 
 
 def add_prepare(commands: Any) -> None:
@@ -51,7 +55,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"train with webdataset_path: {arguments.out}")
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare,)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare, add_publish, add_cache, add_estimate)
 """Each adds one subcommand and sets `run`, a function of the parsed arguments. Heavy imports belong into `run`."""
 
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"stable-cascade {arguments.command}: error: {error}", file=sys.stderr)
+        print(f"stable-cascade {arguments.command}: error: {redacted(str(error))}", file=sys.stderr)
         return 2
     return 0
 

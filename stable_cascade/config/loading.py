@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from stable_cascade.config.reference import documentation, help_text, kind_text, kinds
 from stable_cascade.config.rules import problems, resolve
 from stable_cascade.config.settings import TRAINERS, GenerateConfig
+from stable_cascade.redaction import redacted
 
 Config = TypeVar("Config")
 
@@ -170,7 +171,7 @@ def run_main(main: Callable[[], Any]) -> Any:
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("STABLE_CASCADE_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {redacted(' '.join(str(error).split()))}\n")
         raise SystemExit(2) from None
 
 

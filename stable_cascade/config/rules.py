@@ -12,11 +12,14 @@ _AT_LEAST: dict[str, float] = {
     "checkpoints_total_limit": 1, "warmup_updates": 0, "lr": 0, "weight_decay": 0, "adam_epsilon": 0, "rank": 1,
     "image_size": 8, "num_workers": 0, "ema_start_iters": 0, "ema_iters": 1, "min_snr_gamma": 0, "offset_noise": 0,
     "num_preview_images": 0, "preview_steps": 1, "preview_decoder_steps": 1, "latent_noise": 0,
+    "crops_per_image": 1, "token_lr": 0, "text_encoder_lr": 0, "text_encoder_rank": 1, "prior_loss_weight": 0,
+    "codebook_weight": 0, "commitment_weight": 0, "revive_every": 1, "adversarial_weight": 0, "adversarial_start": 0,
+    "discriminator_lr": 0, "discriminator_channels": 1,
 }  # fmt: skip
 _ABOVE: dict[str, float] = {"shift": 0, "max_grad_norm": 0, "lora_alpha": 0, "effnet_min_scale": 0}
 _SHARES: tuple[str, ...] = (
     "bucketeer_random_ratio", "max_broken_share", "caption_dropout", "image_embedding_share", "effnet_dropout",
-    "effnet_min_scale", "lr_final_share",
+    "effnet_min_scale", "lr_final_share", "unmasked_weight", "regularization_share", "quantize_share",
 )  # fmt: skip
 _BELOW_ONE: tuple[str, ...] = ("ema_beta", "lora_dropout")
 
@@ -29,10 +32,12 @@ def problems(config: Any) -> Iterator[tuple[str, str]]:
         _sources_rule,
         _ratio_rule,
         _filter_rule,
+        _adapter_rule,
         _token_rule,
         _ema_rule,
         _objective_rule,
         _block_rule,
+        _stage_a_rule,
     ):
         yield from rule(vars(config))
 
@@ -100,6 +105,18 @@ def _filter_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "module_filters", "must be a list of parts of layer names, as ['.attn']"
 
 
+def _adapter_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys about the text encoder's adapters need them; ranks are whole numbers from 1."""
+    for key in ("text_encoder_lr", "text_encoder_rank", "text_encoder_module_filters"):
+        if values.get(key) is not None and not values["train_text_encoder"]:
+            yield key, "needs train_text_encoder: True"
+    if values.get("token_lr") is not None and not values["train_tokens"]:
+        yield "token_lr", "needs train_tokens"
+    for part, rank in (values.get("rank_pattern") or {}).items():
+        if rank < 1:
+            yield "rank_pattern", f"gives '{part}' the rank {rank}; ranks are at least 1"
+
+
 def _token_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Tokens are pairs of a token, new in brackets or a regex, and a regex or null."""
     form = "must be a pair as ['[new]', '^dog</w>'] or ['^snail', null]"
@@ -139,6 +156,16 @@ def _block_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "controlnet_blocks", "must be distinct numbers from 0 up, as [0, 4, 8, 12, 51, 55, 59, 63]"
 
 
+def _stage_a_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Stage A trains whole on every device, and keys of its discriminator need one."""
+    if "quantize_share" not in values:
+        return
+    if values["use_fsdp"]:
+        yield "use_fsdp", "is not for Stage A, which is small; launch with accelerate_configs/ddp.yaml"
+    if values["discriminator_lr"] is not None and not values["adversarial_weight"]:
+        yield "discriminator_lr", "needs adversarial_weight above 0: without it there is no discriminator"
+
+
 def resolve(config: Any) -> None:
     """Fill in the keys whose absence means "as another key says"; afterwards every reader sees one value."""
     values = vars(config)
@@ -153,6 +180,8 @@ def resolve(config: Any) -> None:
         config.adaptive_loss_weight = config.loss_weight == "adaptive"
     if "crop" in values and config.crop is None:
         config.crop = "random" if config.multi_aspect_ratio else "smart"
+    if values.get("cache") and config.crops_per_image is None:
+        config.crops_per_image = 1
     if "module_filters" in values and "lora_alpha" in values:
         config.module_filters = config.module_filters or [".attn"]
         config.lora_alpha = config.rank if config.lora_alpha is None else config.lora_alpha

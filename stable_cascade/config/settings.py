@@ -49,6 +49,8 @@ class RunSettings:
     """Upload the final export to the Hugging Face hub."""
     hub_model_id: str | None = None
     """Hub repository of `push_to_hub`; absent: the `experiment_id`."""
+    hub_private: bool = False
+    """Make the hub repository private when it is created."""
     check: bool = False
     """Print the plan (what trains, geometry, files needed) and stop before any weight is read."""
 
@@ -70,7 +72,7 @@ class OptimizerSettings:
     lr_final_share: float = 0.0
     """Share of `lr` at which `linear`, `cosine` and `polynomial` end."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Optimizer; `adamw_8bit` needs bitsandbytes and a CUDA device."""
+    """Optimizer; `adamw_8bit` keeps its averages in eight bits and needs bitsandbytes."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging factors of the gradient and of its square."""
     adam_epsilon: float = 1e-8
@@ -89,6 +91,10 @@ class OptimizerSettings:
     """First step that averages; before it the average is a copy of the weights. Default 0."""
     ema_iters: int | None = None
     """Steps between updates of the moving average. Default 1."""
+    ema_offload: bool = False
+    """Keep the moving average in main memory: slower steps, no device memory for it."""
+    offload: bool = False
+    """Keep the networks that only serve in main memory and bring each to the device only while it works."""
 
 
 @dataclass
@@ -117,6 +123,8 @@ class PriorSettings(ModelSettings):
 
     model_version: Literal["3.6B", "1B", "embedded"] | None = None
     """Size of the prior; absent: that of `pretrained_model_name_or_path`."""
+    stage_b_checkpoint_path: str | None = None
+    """File or folder of Stage B, or `pretrained`: previews show whole pictures; absent: the previewer's rough ones."""
 
 
 @dataclass
@@ -157,8 +165,26 @@ class DataSettings:
     """Processes that decode pictures beside each training process; the samples do not depend on it."""
     max_broken_share: float = 0.1
     """Share of unreadable samples above which training stops with an error."""
+    allow_missing_captions: bool = False
+    """Give a picture without a caption the empty one, instead of stopping."""
+    crops_per_image: int | None = None
+    """Number of different crops of a picture in one bucket; absent: a fresh one each time it is shown."""
     cache_dir: str | None = None
     """Folder that keeps the index of the shards between runs; absent: none is kept."""
+
+
+@dataclass
+class PriorDataSettings(DataSettings):
+    """The pictures and captions of Stage C's trainings: parts of them that count less, latents computed once."""
+
+    masked_loss: bool = False
+    """Weigh the loss by each sample's mask: the member `KEY.mask.png`, or `mask_column`; white counts fully."""
+    mask_column: str = "mask"
+    """Column of `dataset_name` with the masks."""
+    unmasked_weight: float = 0.1
+    """Weight of what a mask leaves black."""
+    cache: bool = False
+    """Compute latents and text embeddings once and train from files; crops then default to one per picture."""
 
 
 @dataclass
@@ -237,10 +263,32 @@ class LoraSettings:
     """Dropout in front of the adapters."""
     use_dora: bool = False
     """Learn magnitude and direction separately (DoRA)."""
+    module_excludes: list[str] | None = None
+    """Parts of the names of layers that get no adapter although `module_filters` names them."""
+    rank_pattern: dict[str, int] | None = None
+    """Rank of the layers whose name contains a part, as `{'up_blocks': 16}`; the others have `rank`."""
+    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Number format of the frozen prior's linear layers; nf4 needs bitsandbytes."""
+    train_text_encoder: bool = False
+    """Put adapters on the text encoder as well."""
+    text_encoder_module_filters: list[str] | None = None
+    """Layers of the text encoder that get an adapter; absent: `['q_proj', 'k_proj', 'v_proj', 'out_proj']`."""
+    text_encoder_rank: int | None = None
+    """Rank of the text encoder's adapters; absent: `rank`."""
+    text_encoder_lr: float | None = None
+    """Learning rate of the text encoder's adapters; absent: `lr`."""
     train_tokens: list[list[str | None]] | None = None
     """Tokens: `['[new]', '^dog</w>']` adds one, first the mean of the matches; `['^dog', null]` trains existing."""
+    token_lr: float | None = None
+    """Learning rate of the tokens; absent: `lr`."""
     lora_checkpoint_path: str | None = None
     """LoRA file to start from; absent: a new one."""
+    regularization_path: str | list[str] | None = None
+    """Shards with pictures of the whole class (prior preservation), so that the subject does not take it over."""
+    regularization_share: float = 0.5
+    """Share of the pictures shown that are regularisation pictures."""
+    prior_loss_weight: float = 1.0
+    """Weight of the loss on regularisation pictures."""
 
 
 @dataclass
@@ -265,18 +313,20 @@ class TrainingSettings(OptimizerSettings, RunSettings):
 
 
 @dataclass
-class TextToImageConfig(PreviewSettings, PriorObjectiveSettings, DataSettings, PriorSettings, TrainingSettings):
+class TextToImageConfig(PreviewSettings, PriorObjectiveSettings, PriorDataSettings, PriorSettings, TrainingSettings):
     """Training or finetuning Stage C."""
 
 
 @dataclass
-class LoraConfig(LoraSettings, PreviewSettings, PriorObjectiveSettings, DataSettings, PriorSettings, TrainingSettings):
+class LoraConfig(
+    LoraSettings, PreviewSettings, PriorObjectiveSettings, PriorDataSettings, PriorSettings, TrainingSettings
+):
     """LoRA and token training on Stage C."""
 
 
 @dataclass
 class ControlNetConfig(
-    ControlNetSettings, PreviewSettings, PriorObjectiveSettings, DataSettings, PriorSettings, TrainingSettings
+    ControlNetSettings, PreviewSettings, PriorObjectiveSettings, PriorDataSettings, PriorSettings, TrainingSettings
 ):
     """ControlNet training on Stage C."""
 
@@ -294,6 +344,24 @@ class VQGANConfig(DataSettings, TrainingSettings):
     """Size of Stage A."""
     stage_a_checkpoint_path: str = "scratch"
     """Single file or folder of Stage A to start from, or `scratch`: newly initialised."""
+    quantize_share: float = 0.5
+    """Share of samples that the decoder sees as codes, the others as they are; 0 leaves the quantiser untrained."""
+    codebook_weight: float = 1.0
+    """Weight of the loss that pulls codes to latents."""
+    commitment_weight: float = 0.25
+    """Weight of the loss that pulls latents to codes."""
+    revive_every: int | None = 100
+    """Steps between replacements of codes that no picture used in them; null never replaces."""
+    adversarial_weight: float = 0.1
+    """Weight of the discriminator's judgement in the loss of Stage A; 0 trains without a discriminator."""
+    adversarial_start: int = 0
+    """First step in which the discriminator trains and judges, counted from 0."""
+    discriminator_lr: float | None = None
+    """Learning rate of the discriminator; absent: `lr`."""
+    discriminator_channels: int = 64
+    """Width of the discriminator's first layer."""
+    num_preview_images: int = 4
+    """Pictures on the preview sheet."""
 
 
 @dataclass

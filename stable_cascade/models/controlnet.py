@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,17 @@ class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOri
             residuals[index] = projection(features)
         return residuals
 
+    def train(self, mode: bool = True) -> StableCascadeControlNet:
+        """Training mode, in which batch norms keep their statistics: a sample does not depend on its neighbours.
+
+        So a batch means the same on one process as on two, and whole as in parts.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
     @torch.no_grad()
     def load_backbone(self, features: EfficientNetFeatures) -> None:
         """Starts the `effnet` bottleneck from trained features, those of the image encoder for example.
@@ -113,9 +125,17 @@ class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOri
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> StableCascadeControlNet:
-        """A network from one local file with the names of the original or ours; see `load_single_file`."""
+        """A network from one local file with the names of the original or ours; see `load_single_file`.
+
+        A file of ours says itself which config it has.
+        """
+        from stable_cascade.formats.controlnet import read_description
+
         from .loading import load_single_file
 
+        if config is None and isinstance(pretrained_model_link_or_path_or_dict, (str, PathLike)):
+            if Path(pretrained_model_link_or_path_or_dict).is_file():
+                config = read_description(pretrained_model_link_or_path_or_dict).get("config")
         return load_single_file(
             cls, "controlnet", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs
         )

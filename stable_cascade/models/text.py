@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
@@ -40,6 +40,23 @@ def encode_prompts(
     mask = tokens.attention_mask.to(device)
     output = text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
     return output.hidden_states[-1], output.text_embeds.unsqueeze(1), mask
+
+
+class TextEmbedder(nn.Module):
+    """The text encoder with its tokenizer, as one module: what a network in training is conditioned on."""
+
+    def __init__(self, text_encoder: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+
+    def forward(self, captions: Sequence[str], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states and pooled projection of the captions.
+
+        Shapes: B captions -> (B, L, D), (B, 1, P).
+        """
+        hidden, pooled, _ = encode_prompts(self.text_encoder, self.tokenizer, captions, device)
+        return hidden, pooled
 
 
 def cut_captions(tokenizer: Any, captions: Sequence[str]) -> list[str]:

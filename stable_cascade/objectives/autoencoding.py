@@ -1,10 +1,9 @@
-"""Stage A, and the image encoder with its previewer: pictures in, the same pictures out."""
+"""Pictures in, the same pictures out: the losses of it, and the image encoder with its previewer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,29 +30,6 @@ def reconstruction_loss(rebuilt: Tensor, pixels: Tensor, *, square: float = 1.0,
     absolute = difference.abs().flatten(1).mean(1)
     squared = difference.square().flatten(1).mean(1)
     return absolute + square * squared + edges * edge_loss(rebuilt.float(), pixels)
-
-
-class Autoencoder(nn.Module):
-    """Stage A as one forward pass: encode, decode, without the quantiser."""
-
-    def __init__(self, vqgan: Any):
-        super().__init__()
-        self.vqgan = vqgan
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """The rebuilt pictures.
-
-        Shapes: (B, 3, H, W) in [0, 1] -> the same.
-        """
-        return self.vqgan.decode(self.vqgan.encode(pixels).latents).sample
-
-
-def vqgan_loss(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
-    """One step of Stage A: the reconstruction loss, without the quantiser, as the cascade uses it.
-
-    Shapes: (B, 3, H, W) in [0, 1] -> `loss` (B,).
-    """
-    return {"loss": reconstruction_loss(model(pixels), pixels)}
 
 
 class EncoderWithPreviewer(nn.Module):
@@ -87,12 +63,3 @@ def image_encoder_loss(
     rebuilt = model(pixels, noise.to(pixels.device))
     wanted = pixels if rebuilt.shape == pixels.shape else F.interpolate(pixels, size=rebuilt.shape[-2:], mode="area")
     return {"loss": reconstruction_loss(rebuilt, wanted, square=2.0, edges=0.3)}
-
-
-@torch.no_grad()
-def latent_scale(vqgan: Any, pictures: list[Tensor]) -> float:
-    """The standard deviation of Stage A's latents, `scale_factor` of a newly trained Stage A.
-
-    Shapes: a list of (B, 3, H, W) -> one number.
-    """
-    return torch.cat([vqgan.encode(pixels).latents.float().flatten() for pixels in pictures]).std().item()

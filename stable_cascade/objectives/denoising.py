@@ -42,19 +42,24 @@ def denoising_loss(
     *,
     weight: Callable[[Tensor], Tensor],
     prediction_type: str = "epsilon",
+    mask: Tensor | None = None,
 ) -> LossTerms:
     """Squared error of the prediction, averaged per sample and weighted by noise level.
 
-    Shapes: clean, noise (B, C, H, W); log_snr (B,) -> three tensors (B,).
+    Shapes: clean, noise (B, C, H, W); log_snr (B,); mask (B, 1, H, W) -> three tensors (B,).
 
     Args:
         predict: (noised latents, timestep ratio) -> prediction.
         weight: log_snr (B,) -> weight (B,).
+        mask: weights of the places of a sample in its average; absent: all count alike.
     """
     noised = add_noise(clean, noise, log_snr)
     prediction = predict(noised, cosine_t(log_snr))
     wanted = target(prediction_type, clean, noise, log_snr)
-    unweighted = (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+    error = (prediction.float() - wanted.float()).square()
+    if mask is not None:
+        error = error * (mask / mask.mean((1, 2, 3), keepdim=True).clamp(min=1e-6))
+    unweighted = error.flatten(1).mean(1)
     return {"loss": unweighted * weight(log_snr), "unweighted": unweighted.detach(), "log_snr": log_snr}
 
 

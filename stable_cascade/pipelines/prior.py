@@ -73,6 +73,9 @@ class StableCascadePriorPipeline(FromFolderMixin, DiffusionPipeline, StableCasca
         num_images_per_prompt: int = 1,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        controlnet: Any = None,
+        control_image: Tensor | None = None,
+        controlnet_conditioning_scale: float = 1.0,
         output_type: str = "pt",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -85,6 +88,9 @@ class StableCascadePriorPipeline(FromFolderMixin, DiffusionPipeline, StableCasca
             height, width: of the picture, multiples of 8 from 64 up.
             generator: one for the batch, or one per image, which then looks the same alone or among others.
             latents: the noise to start from.
+            controlnet: a `StableCascadeControlNet`; `control_image` (B, c, H, W) is what its filter made of a picture,
+                one for all images, one per prompt or one per image.
+            controlnet_conditioning_scale: factor of its residuals.
             output_type: `pt`, or `np` for arrays.
 
         Raises:
@@ -109,17 +115,38 @@ class StableCascadePriorPipeline(FromFolderMixin, DiffusionPipeline, StableCasca
             arguments, self.text_encoder, self.tokenizer, device, guided=settings.guided, copies=num_images_per_prompt
         )
         shown = image_conditions(self.image_encoder, images, image_embeds, device, count=count)
+        residuals = control_residuals(controlnet, control_image, controlnet_conditioning_scale, device, count=count)
         shape = (self.prior.config.in_channels, *semantic_size(height, width, self.config["resolution_multiple"]))
         noise = start_noise(shape, count, generators, device, latents)
         semantic = sample_semantic(
             self.prior, self.scheduler, noise, text, shown, settings,
-            generator=generators, progress=self.progress_bar, on_step=on_step,
+            generator=generators, progress=self.progress_bar, on_step=on_step, control=residuals,
         )  # fmt: skip
         self.maybe_free_model_hooks()
         values = (semantic, text.hidden, text.pooled, text.negative_hidden, text.negative_pooled)
         if output_type == "np":
             values = tuple(None if value is None else value.float().cpu().numpy() for value in values)  # type: ignore[assignment]
         return StableCascadePriorPipelineOutput(*values) if return_dict else values
+
+
+def control_residuals(
+    controlnet: Any, image: Tensor | None, scale: float, device: torch.device, *, count: int
+) -> list[Tensor | None] | None:
+    """A ControlNet's residuals, one row per image to draw; None without a ControlNet.
+
+    Shapes: image (n, c, H, W), where n divides count -> each (count, C, h, w).
+
+    Raises:
+        ValueError: only one of ControlNet and image is given, or the rows do not go into the images.
+    """
+    if (controlnet is None) != (image is None):
+        raise ValueError("controlnet and control_image belong together; give both or neither")
+    if controlnet is None or image is None:
+        return None
+    if not len(image) or count % len(image):
+        raise ValueError(f"control_image has {len(image)} rows for {count} images; give 1, or one per prompt or image")
+    residuals = controlnet.to(device)(image.to(device))
+    return [None if one is None else scale * one.repeat_interleave(count // len(image), dim=0) for one in residuals]
 
 
 def image_conditions(

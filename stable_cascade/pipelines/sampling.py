@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,16 +65,21 @@ def sample(
     generator: Generators,
     progress: Callable[..., Any],
     on_step: OnStep | None = None,
+    control: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """The clean latents that the last step predicts, float32.
 
     Shapes: (B, C, h, w) -> (B, C, h, w); with guidance `conditions` hold 2 B rows, the unconditional ones last.
+
+    Args:
+        control: a ControlNet's residuals, each (B, c, h, w); both halves of a guided batch get the same.
     """
+    extra = {} if control is None else {"control": _for_both(control, settings.guided)}
     scheduler.set_timesteps(settings.num_inference_steps, device=latents.device, t_start=settings.t_start)
     state = clean = latents.float()
     with progress(total=settings.num_inference_steps) as bar:
         for number, time in enumerate(scheduler.timesteps[:-1]):
-            prediction = _predict(network, scheduler, state, time, conditions, settings)
+            prediction = _predict(network, scheduler, state, time, conditions, settings, extra)
             output = scheduler.step(prediction, time, state, generator=generator)
             state, clean = output.prev_sample, output.pred_original_sample
             if on_step is not None:
@@ -84,11 +89,19 @@ def sample(
     return clean
 
 
-def _predict(network: Any, scheduler: Any, state: Tensor, time: Tensor, conditions: Any, settings: Settings) -> Tensor:
+def _for_both(control: Sequence[Tensor | None], guided: bool) -> list[Tensor | None]:
+    """The residuals for the whole batch; as in the original, the unconditional half is controlled alike."""
+    return [torch.cat([one, one]) if guided and one is not None else one for one in control]
+
+
+def _predict(
+    network: Any, scheduler: Any, state: Tensor, time: Tensor, conditions: Any, settings: Settings,
+    extra: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """The prediction at one time, guided where the settings say so. Shapes: (B, C, h, w) -> (B, C, h, w), float32."""
     batch = torch.cat([state, state]) if settings.guided else state
     ratio = scheduler.noise_condition(time).expand(len(batch))
-    (prediction,) = network(batch, ratio, conditions=conditions, return_dict=False)
+    (prediction,) = network(batch, ratio, conditions=conditions, return_dict=False, **extra)
     if not settings.guided:
         return prediction.float()
     conditional, unconditional = prediction.float().chunk(2)

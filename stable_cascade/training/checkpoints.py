@@ -2,6 +2,7 @@
 
 checkpoint_path/experiment_id/
   step-00001000/     weights.safetensors  optimizer.pt  ema.safetensors  stateful.pt  run.json  config.yaml  export/
+                     a sharded run has parts/ instead of the first three, to which every process writes its part
   backup-00005000/   the same, never rotated away
   final/             the trained model alone
 """
@@ -12,8 +13,7 @@ import json
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,30 @@ import torch
 from torch import Tensor
 
 from stable_cascade.config import TrainingSettings
+from stable_cascade.redaction import redacted
+from stable_cascade.training.folders import checked, remove_folder, write_folder
 
 FREE_KEYS = frozenset({
     "experiment_id", "checkpoint_path", "output_path", "resume", "save_every", "backup_every", "log_every", "check",
     "checkpoints_total_limit", "tracker", "wandb_project", "wandb_entity", "push_to_hub", "hub_model_id",
+    "hub_private", "ema_offload", "offload", "stage_b_checkpoint_path",
     "num_workers", "cache_dir", "max_broken_share", "validation_prompts", "num_preview_images", "preview_steps",
     "preview_decoder_steps", "preview_guidance_scale",
 })  # fmt: skip
 """Keys that may change between a run and its resumption, because no weight depends on them."""
 
 
+PARTS = "parts"
+"""The folder in a sharded run's checkpoint that all processes write to."""
+
+
 @dataclass
 class RunContents:
-    """What a checkpoint holds."""
+    """What a checkpoint holds; of a sharded run, what is not in `parts/`: its `weights` and `ema` are None."""
 
     step: int
     samples_seen: int
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
     optimizer: dict[str, Any]
     stateful: dict[str, Any]
     ema: dict[str, Tensor] | None = None
@@ -51,43 +58,32 @@ def run_folder(config: TrainingSettings) -> Path:
 
 
 def write_checkpoint(
-    target: Path, contents: RunContents, config: TrainingSettings, export: Callable[[Path], None] | None = None
+    target: Path,
+    contents: RunContents,
+    config: TrainingSettings,
+    export: Callable[[Path], None] | None = None,
+    *,
+    begun: Path | None = None,
+    checksums: Mapping[str, list[int]] | None = None,
 ) -> None:
     """Write a checkpoint folder; it appears under its name only when it is whole and on the disk.
 
     Args:
         export: writes the model in its own format into the folder it is given.
+        begun: the folder of `begin_folder` in which the processes of a sharded run have written their parts.
+        checksums: file -> size and CRC-32 of those parts.
+
+    Raises:
+        DiskFullError: there is no space for it.
     """
 
     def fill(folder: Path) -> None:
-        _write_files(folder, contents, config)
+        _write_files(folder, contents, config, dict(checksums or {}))
         if export is not None:
             (folder / "export").mkdir()
             export(folder / "export")
 
-    write_folder(target, fill)
-
-
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `target` with what `fill` writes, replacing one that is there, in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    fill(temporary)
-    _sync(temporary)
-    if target.exists():
-        remove_folder(target)
-    os.replace(temporary, target)
-    _sync_one(target.parent)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder so that an interruption leaves no half of it under its name."""
-    doomed = folder.with_name(f".tmp-old-{folder.name}-{os.getpid()}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    write_folder(target, fill, begun=begun, needs=_size(contents))
 
 
 def keep_backup(checkpoint: Path) -> Path:
@@ -103,7 +99,7 @@ def keep_backup(checkpoint: Path) -> Path:
 
 def rotate(run: Path, limit: int | None) -> None:
     """Delete all but the newest `limit` checkpoints of a run; backups stay."""
-    steps = sorted(run.glob("step-*"))
+    steps = sorted(path for path in run.glob("step-*") if path.is_dir())  # previews may lie in the same folder
     for folder in steps[: max(0, len(steps) - limit)] if limit else []:
         remove_folder(folder)
 
@@ -148,17 +144,23 @@ def find_checkpoint(config: TrainingSettings) -> Path | None:
     return found
 
 
-def read_checkpoint(folder: Path, config: TrainingSettings) -> RunContents:
+def read_checkpoint(folder: Path, config: TrainingSettings, share: tuple[int, int] = (0, 1)) -> RunContents:
     """The contents of a checkpoint, if it is undamaged and was written with the same settings.
 
+    Args:
+        share: number of this process and of all: of the files in `parts/` each process checks its share.
+
     Raises:
-        ValueError: a file is missing or damaged, or a key that the weights depend on has another value.
+        ValueError: a file is missing or damaged, or keys that the weights depend on have other values.
     """
     record = _read_record(folder)
     _refuse_other_settings(folder, record["settings"], config)
+    parts = sorted(name for name in record["files"] if name.startswith(f"{PARTS}/"))
     for name, (size, check) in record["files"].items():
+        if name in parts and parts.index(name) % share[1] != share[0]:
+            continue
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or _checksum(path) != check:
+        if not path.is_file() or path.stat().st_size != size or checked(path) != [size, check]:
             raise ValueError(
                 f"checkpoint file {path} is missing or damaged; delete {folder} to resume from the one before it"
             )
@@ -169,24 +171,27 @@ def read_checkpoint(folder: Path, config: TrainingSettings) -> RunContents:
         step=record["step"],
         samples_seen=record["samples_seen"],
         tracker_run=record["tracker_run"],
-        weights=load_file(folder / "weights.safetensors"),
+        weights=load_file(folder / "weights.safetensors") if "weights.safetensors" in record["files"] else None,
         optimizer=saved,
         stateful=torch.load(folder / "stateful.pt", map_location="cpu", weights_only=True),
         ema=load_file(folder / "ema.safetensors") if "ema.safetensors" in record["files"] else None,
     )
 
 
-def _write_files(folder: Path, contents: RunContents, config: TrainingSettings) -> None:
+def _write_files(
+    folder: Path, contents: RunContents, config: TrainingSettings, checksums: dict[str, list[int]]
+) -> None:
     """The files of a checkpoint, the record last."""
     import yaml
     from safetensors.torch import save_file
 
-    save_file(_packed(contents.weights), folder / "weights.safetensors")
+    if contents.weights is not None:
+        save_file(_packed(contents.weights), folder / "weights.safetensors")
     if contents.ema is not None:
         save_file(_packed(contents.ema), folder / "ema.safetensors")
     torch.save(contents.optimizer, folder / "optimizer.pt")
     torch.save(contents.stateful, folder / "stateful.pt")
-    settings = json.loads(json.dumps(asdict(config)))
+    settings = redacted(json.loads(json.dumps(asdict(config))))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     record = {
         "format": 1,
@@ -194,7 +199,7 @@ def _write_files(folder: Path, contents: RunContents, config: TrainingSettings) 
         "samples_seen": contents.samples_seen,
         "tracker_run": contents.tracker_run,
         "settings": settings,
-        "files": {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(folder.iterdir())},
+        "files": checksums | {path.name: checked(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
     (folder / "run.json").write_text(json.dumps(record, indent=1))
 
@@ -212,18 +217,26 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _refuse_other_settings(folder: Path, saved: dict[str, Any], config: TrainingSettings) -> None:
     """An error when a key that the weights depend on differs between the checkpoint and the config."""
-    current = json.loads(json.dumps(asdict(config)))
+    saved, current = redacted(saved), redacted(json.loads(json.dumps(asdict(config))))
     free = set(FREE_KEYS)
     if config.lr_scheduler in ("constant", "inverse_sqrt"):
         free.add("updates")  # the other schedules stretch with the length of the run
     defaults = {field.name: field.default for field in fields(config)}
-    for key in sorted((set(saved) | set(current)) - free):
-        before, now = saved.get(key, defaults.get(key)), current.get(key)
-        if before != now:
-            raise ValueError(
-                f"resume from {folder}: {key} was {before!r} and is {now!r}; "
-                f"set it back, or start anew with another experiment_id or resume: never"
-            )
+    pairs = {key: (saved.get(key, defaults.get(key)), current.get(key)) for key in set(saved) | set(current)}
+    other = sorted(key for key, (before, now) in pairs.items() if before != now and key not in free)
+    if not other:
+        return
+    told = ", ".join(f"{key} was {pairs[key][0]!r} and is {pairs[key][1]!r}" for key in other)
+    if other == ["updates"]:
+        raise ValueError(
+            f"resume from {folder}: {told}, but under lr_scheduler {config.lr_scheduler} the learning rate of every "
+            "step depends on it; set it back, or start anew from the trained model in "
+            f"{folder / 'export'} with another experiment_id (a run meant to be prolonged: lr_scheduler: constant)"
+        )
+    raise ValueError(
+        f"resume from {folder}: {told}; set {'them' if len(other) > 1 else 'it'} back, or start anew with another "
+        "experiment_id or resume: never"
+    )
 
 
 def _newest(run: Path) -> Path | None:
@@ -243,13 +256,12 @@ def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+def _size(contents: RunContents) -> int:
+    """About how many bytes a checkpoint takes: its tensors, and what trains once more for the export."""
+    from torch.utils._pytree import tree_leaves
+
+    tensors = tree_leaves([contents.weights, contents.weights, contents.ema, contents.optimizer, contents.stateful])
+    return sum(leaf.numel() * leaf.element_size() for leaf in tensors if isinstance(leaf, Tensor))
 
 
 def _link(source: str, target: str) -> None:
@@ -258,18 +270,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until a folder and all in it are on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    """Wait until one file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

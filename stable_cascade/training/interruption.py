@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C as a wish to stop after the running step."""
+"""What ends a run early: SIGTERM and Ctrl-C as a wish to stop, and the error of one process as the end of all."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -35,3 +37,61 @@ class StopRequest:
         for number, usual in self._usual.items():
             signal.signal(number, usual)
         self._usual = {}
+
+
+class ProcessFailedError(ValueError):
+    """Another process of the training failed; its own error says why."""
+
+
+class SharedFailure:
+    """Inside its `with` block the error of one process ends all processes, and each of them names it.
+
+    Without it the others would wait for the failed one in their next exchange, for as long as the backend's timeout,
+    and then tell of a lost connection. The error goes through the store that the processes met at.
+    """
+
+    key, grace = "stable_cascade/failure", 10.0
+
+    def __init__(self, accelerator: Any) -> None:
+        """`grace` seconds after it learns of a failure elsewhere, a process that is still stuck ends itself."""
+        self.process = accelerator.process_index
+        self.over = threading.Event()
+        self.store: Any = None
+        if accelerator.num_processes > 1:
+            import torch.distributed as dist
+
+            self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+    def __enter__(self) -> SharedFailure:
+        if self.store is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over.set()
+        if self.store is None or error is None:
+            return
+        own = " ".join(f"{type(error).__name__}: {error}".split())
+        try:
+            process, first = self.store.compare_set(self.key, "", f"{self.process}\n{own}").decode().split("\n")
+        except (RuntimeError, ValueError):
+            return  # whoever kept the store is gone
+        if first != own and int(process) != self.process:
+            raise ProcessFailedError(f"process {process} failed: {first}") from error
+
+    def _watch(self) -> None:
+        """Look for a failure elsewhere every second; end this process if it is stuck afterwards."""
+        try:
+            while not self.over.wait(1.0):
+                if self.store.check([self.key]):
+                    break
+            if self.over.wait(self.grace):
+                return
+            process, first = self.store.get(self.key).decode().split("\n")
+        except (RuntimeError, ValueError):
+            return
+        sys.stderr.write(f"error: process {process} failed: {first}\n")
+        sys.stderr.flush()
+        os._exit(1)  # the main thread waits in a collective that no exception reaches

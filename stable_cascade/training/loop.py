@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from stable_cascade.config import TrainingSettings
 from stable_cascade.training import tracking
-from stable_cascade.training.interruption import StopRequest
+from stable_cascade.training.folders import told_if_full
+from stable_cascade.training.interruption import SharedFailure, StopRequest
 from stable_cascade.training.optimizers import set_learning_rate
 from stable_cascade.training.randomness import seeded
 from stable_cascade.training.run import Figures, PreviewFunction, Run, SaveFunction, TrainResult
@@ -40,6 +41,7 @@ def train(
     preview_fn: PreviewFunction,
     stateful: Mapping[str, Any] | None = None,
     after_step: Callable[[Tensor, Tensor], None] | None = None,
+    learning_rate: Callable[[str], float] | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients until `config.updates` steps are done, or a signal comes.
 
@@ -52,26 +54,31 @@ def train(
         preview_fn: (folder, model, step, averaged weights or None) draws preview sheets and returns their paths.
         stateful: objects with `state_dict` and `load_state_dict` that belong to the run, by name.
         after_step: (log_snr, unweighted) of the whole global batch in sample order, after the step's update.
+        learning_rate: name of a parameter -> its learning rate after the warm-up, instead of `config.lr` for all; the
+            course over the steps is the same for every rate.
 
     Raises:
         ValueError: nothing trains, or launch, config and checkpoint do not fit together.
         NonFiniteError: the loss or gradient of a step is not finite.
+        ProcessFailedError: another process of the launch failed.
+        DiskFullError: there is no space for a checkpoint.
     """
-    run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn)
-    run.restore()
-    if run.step >= config.updates:
-        accelerator.print(f"{config.experiment_id}: all {config.updates} steps are done already")
-        return run.finish()
-    tracking.start_trackers(config, accelerator, run.tracker_run)
-    stream = batches(run.step)
-    try:
-        with StopRequest() as stop:
-            finished = _steps(run, stream, loss_fn, after_step, stop)
-    finally:
-        run.progress.close()
-        if hasattr(stream, "close"):
-            stream.close()
-    result = run.finish() if finished else run.interrupted()
+    run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn, learning_rate)
+    with SharedFailure(accelerator), told_if_full(run.pictures):
+        run.restore()
+        if run.step >= config.updates:
+            accelerator.print(f"{config.experiment_id}: all {config.updates} steps are done already")
+            return run.finish()
+        tracking.start_trackers(config, accelerator, run.tracker_run)
+        stream = batches(run.step)
+        try:
+            with StopRequest() as stop:
+                finished = _steps(run, stream, loss_fn, after_step, stop)
+        finally:
+            run.progress.close()
+            if hasattr(stream, "close"):
+                stream.close()
+        result = run.finish() if finished else run.interrupted()
     accelerator.end_training()
     return result
 
@@ -115,7 +122,7 @@ def _steps(
         if run.reads_late and (saving or run.backup_due):
             _settle(accelerator, figures)
             pending = None
-        run.log(last)
+        run.log(saving or run.backup_due)  # a checkpoint ends a line of the log, so that resuming loses no figure
         if saving or run.backup_due:
             whole = run.gather()
             run.save(whole)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from stable_cascade.config import TrainingSettings
 from stable_cascade.training import checkpoints, sharding, tracking
 from stable_cascade.training.ema import MovingAverage, averaged, trainable
-from stable_cascade.training.optimizers import build_optimizer
-from stable_cascade.training.publishing import publish
+from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
+from stable_cascade.training.noise_levels import LossByNoiseLevel
+from stable_cascade.training.optimizers import build_optimizer, parameter_groups
+from stable_cascade.training.publishing import publish_run
 
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
 PreviewFunction = Callable[[Path, nn.Module, int, "dict[str, Tensor] | None"], "Sequence[Path] | None"]
@@ -50,11 +52,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Whole:
-    """The model in one piece, on the main process."""
+    """The model in one piece, on the main process; of a sharded one a copy in main memory."""
 
     model: nn.Module
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
     ema: dict[str, Tensor] | None
 
 
@@ -77,6 +77,7 @@ class Run:
         stateful: dict[str, Any],
         save_fn: SaveFunction,
         preview_fn: PreviewFunction,
+        learning_rate: Callable[[str], float] | None = None,
     ):
         tracking.check_launch(config, accelerator)
         if not trainable(model):
@@ -88,58 +89,57 @@ class Run:
         model.train()
         self.network = model
         self.sharded = sharding.is_sharded(accelerator)
-        self.blueprint = sharding.blueprint(model) if self.sharded else None
-        self.plain_optimizer: Any = build_optimizer(config, list(trainable(model).values()))
+        self.blueprint: nn.Module | None = None
+        if self.sharded:
+            sharding.refuse_unsupported(accelerator, model, config.optimizer)
+            self.blueprint = sharding.blueprint(model)
+            sharding.keep_precision(accelerator, model)
+        self.plain_optimizer: Any = build_optimizer(config, parameter_groups(trainable(model), learning_rate))
         self.model, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
         self.trained = self.model if self.sharded else model
         self.reads_late = not self.sharded and reads_late(config, accelerator.device)
         self.ema: MovingAverage | None = None
         if config.ema_beta is not None:
             self.ema = MovingAverage(
-                self.trained, beta=config.ema_beta, start=config.ema_start_iters or 0, every=config.ema_iters or 1
-            )
+                self.trained, beta=config.ema_beta, start=config.ema_start_iters or 0, every=config.ema_iters or 1,
+                offload=config.ema_offload,
+            )  # fmt: skip
         self.step = self.samples_seen = self.broken = 0
         self.rate = 0.0
         self.loss: float | None = None
         self.tracker_run = os.urandom(6).hex()
         self.checkpoint: Path | None = None
         self.window: list[Tensor] = []
+        self.noise_levels = LossByNoiseLevel()
         self.pictures = tracking.picture_folder(config)
         self.folder = checkpoints.run_folder(config)
 
     def restore(self) -> None:
         """Take up the checkpoint that the config means, if there is one."""
-        from accelerate.utils import broadcast_object_list
-
-        found: list[Any] = [None]
+        found = None
         if self.accelerator.is_main_process:
             if self.folder.exists():
                 checkpoints.sweep(self.folder)
             if self.config.resume == "never" and (aside := checkpoints.set_aside(self.folder)):
                 self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
-            found = [checkpoints.find_checkpoint(self.config)]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is not None:
-            self._load(found[0])
+            found = checkpoints.find_checkpoint(self.config)
+        found = sharding.shared(self.accelerator, found)
+        if found is not None:
+            self._load(found)
         self.progress = tracking.Progress(self.config, self.step, shown=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             self.log_file = tracking.LogFile(self.pictures, self.step)
 
     def _load(self, folder: Path) -> None:
         """Put the contents of a checkpoint in place."""
-        contents = checkpoints.read_checkpoint(folder, self.config)
-        expected = self._changing()
-        if set(contents.weights) != expected:
-            odd = sorted(set(contents.weights) ^ expected)[0]
-            raise ValueError(f"checkpoint {folder} and the model differ in '{odd}'; resume with the same settings")
-        if self.sharded:
-            if self.ema is not None and contents.ema is not None:
-                sharding.spread_weights(self.model, contents.ema)
-                self.ema.take(self.trained)
-            sharding.spread_weights(self.model, contents.weights)
-            sharding.spread_optimizer(self.model, self.plain_optimizer, contents.optimizer["optimizer"])
+        contents = self._read(folder)
+        if contents.weights is None:
+            sharding.read_parts(folder / checkpoints.PARTS, self._parts())
         else:
+            expected = self._changing()
+            if set(contents.weights) != expected:
+                odd = sorted(set(contents.weights) ^ expected)[0]
+                raise ValueError(f"checkpoint {folder} and the model differ in '{odd}'; resume with the same settings")
             self.network.load_state_dict(contents.weights, strict=False)
             self.optimizer.load_state_dict(contents.optimizer["optimizer"])
             if self.ema is not None and contents.ema is not None:
@@ -153,6 +153,25 @@ class Run:
         self.step, self.samples_seen, self.checkpoint = contents.step, contents.samples_seen, folder
         self.tracker_run = contents.tracker_run
         self.accelerator.print(f"{self.config.experiment_id}: resuming after step {self.step} from {folder}")
+
+    def _read(self, folder: Path) -> checkpoints.RunContents:
+        """A checkpoint's contents; an error that one process finds is an error on all."""
+        accelerator, error = self.accelerator, None
+        share = (accelerator.process_index, accelerator.num_processes)
+        try:
+            contents = checkpoints.read_checkpoint(folder, self.config, share)
+        except ValueError as found:
+            error = str(found)
+        for told in sharding.told(accelerator, error):
+            if told:
+                raise ValueError(told)
+        return contents
+
+    def _parts(self) -> sharding.Parts:
+        """What the processes of a sharded run save and restore together."""
+        assert self.blueprint is not None
+        trained = frozenset(trainable(self.blueprint))
+        return sharding.Parts(self.model, self.plain_optimizer, self.ema, frozenset(self._changing()), trained)
 
     def _changing(self) -> set[str]:
         """Names of what training changes in the model: parameters that train, and buffers (running statistics)."""
@@ -171,13 +190,16 @@ class Run:
         self.broken += figures.broken
         assert figures.status is not None
         self.window.append(figures.status[0])
+        if figures.noise_levels is not None and figures.unweighted is not None:
+            self.noise_levels.add(figures.noise_levels, figures.unweighted)
         self.progress.advance()
 
-    def log(self, last: bool) -> None:
-        """Every `log_every` steps, read the losses since the last time and tell them."""
-        if self.step % self.config.log_every and not last:
+    def log(self, due: bool) -> None:
+        """Every `log_every` steps, and when it is due anyhow, read the losses since the last time and tell them."""
+        if self.step % self.config.log_every and not due:
             return
         losses, self.window = torch.stack(self.window), []
+        by_noise = self.noise_levels.read(self.accelerator)
         if not self.accelerator.is_main_process:
             return
         self.loss = losses.mean().item() / self.accelerator.num_processes
@@ -185,49 +207,60 @@ class Run:
         self.progress.show(loss=self.loss, lr=self.rate, speed=speed)
         figures = {
             "loss": self.loss, "lr": self.rate, "samples_per_second": speed, "samples_seen": self.samples_seen,
-            "broken": self.broken,
+            "broken": self.broken, **by_noise,
         }  # fmt: skip
         self.log_file.write({"step": self.step, **figures})
-        self.accelerator.log(figures, step=self.step)
+        self.accelerator.log(tracking.flat(figures), step=self.step)
 
     def gather(self) -> Whole:
         """The model and its moving average in one piece; with a sharded model every process must take part."""
         if self.blueprint is None:
-            ema = self.ema.state_dict() if self.ema is not None else None
-            return Whole(self.network, self.network.state_dict(), self.optimizer.state_dict(), ema)
+            return Whole(self.network, self.ema.state_dict() if self.ema is not None else None)
         weights = sharding.gather_weights(self.model)
-        state = sharding.gather_optimizer(self.model, self.plain_optimizer)
         ema = None
         if self.ema is not None:
             with averaged(self.trained, self.ema):
                 ema = sharding.gather_weights(self.model)
         if not self.accelerator.is_main_process:
-            return Whole(self.network, {}, {}, None)
+            return Whole(self.network, None)
         names = set(trainable(self.blueprint))
         ema = {name: weight.float() for name, weight in ema.items() if name in names} if ema is not None else None
-        return Whole(sharding.build(self.blueprint, weights, self.accelerator.device), weights, state, ema)
+        return Whole(sharding.build(self.blueprint, weights), ema)
 
     def save(self, whole: Whole) -> None:
         """Write the checkpoint of this step, back it up when due, delete the oldest."""
         target = self.folder / f"step-{self.step:08d}"
+        begun, checksums = self._write_parts(target) if self.sharded else (None, None)
         if self.accelerator.is_main_process:
-            changing, scaler = self._changing(), self.accelerator.scaler
-            contents = checkpoints.RunContents(
-                step=self.step,
-                samples_seen=self.samples_seen,
-                tracker_run=self.tracker_run,
-                weights={name: weight for name, weight in whole.weights.items() if name in changing},
-                optimizer={"optimizer": whole.optimizer, "scaler": scaler.state_dict() if scaler else None},
-                stateful={name: thing.state_dict() for name, thing in self.stateful.items()},
-                ema=whole.ema,
-            )
-            export = functools.partial(self._export, whole)
-            checkpoints.write_checkpoint(target, contents, self.config, export)
+            contents, export = self._contents(), functools.partial(self._export, whole)
+            checkpoints.write_checkpoint(target, contents, self.config, export, begun=begun, checksums=checksums)
             if self.backup_due:
                 checkpoints.keep_backup(target)
             checkpoints.rotate(self.folder, self.config.checkpoints_total_limit)
         self.checkpoint = target
         self.accelerator.wait_for_everyone()
+
+    def _contents(self) -> checkpoints.RunContents:
+        """What the main process writes of a checkpoint."""
+        scaler, sharded, changing = self.accelerator.scaler, self.sharded, self._changing()
+        return checkpoints.RunContents(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            tracker_run=self.tracker_run,
+            weights=None if sharded else {n: w for n, w in self.network.state_dict().items() if n in changing},
+            optimizer={
+                "optimizer": None if sharded else self.optimizer.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            },
+            stateful={name: thing.state_dict() for name, thing in self.stateful.items()},
+            ema=self.ema.state_dict() if self.ema is not None and not sharded else None,
+        )
+
+    def _write_parts(self, target: Path) -> tuple[Path, dict[str, list[int]]]:
+        """Let every process write its part of a checkpoint; the folder it is begun in, and the parts' checksums."""
+        begun = sharding.shared(self.accelerator, begin_folder(target) if self.accelerator.is_main_process else None)
+        with cleared_if_full(begun, target):
+            return begun, sharding.write_together(self.accelerator, begun / checkpoints.PARTS, self._parts())
 
     def _export(self, whole: Whole, folder: Path) -> None:
         """Write the model in its own format."""
@@ -237,20 +270,21 @@ class Run:
         """Draw the preview sheets, with the networks in evaluation mode and back in training mode after it."""
         if self.accelerator.is_main_process:
             self.pictures.mkdir(parents=True, exist_ok=True)
-            whole.model.eval()
+            whole.model.to(self.accelerator.device).eval()
             with torch.no_grad(), torch.random.fork_rng():
                 drawn = self.preview_fn(self.pictures, whole.model, self.step, whole.ema)
             whole.model.train()
-            tracking.log_pictures(self.accelerator, [Path(path) for path in drawn or ()], self.step)
+            shown = [*(Path(path) for path in drawn or ()), *tracking.draw_noise_levels(self.log_file)]
+            tracking.log_pictures(self.accelerator, shown, self.step)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainResult:
         """Write the final export, and say how the run ended."""
         final, whole = self.folder / "final", self.gather()
         if self.accelerator.is_main_process:
-            checkpoints.write_folder(final, functools.partial(self._export, whole))
+            write_folder(final, functools.partial(self._export, whole))
             if self.config.push_to_hub:
-                self.accelerator.print(f"uploaded {final} to {publish(self.config, final)}")
+                self.accelerator.print(publish_run(self.config, final))
         self.accelerator.wait_for_everyone()
         return TrainResult(self.step, self.samples_seen, True, self.loss, self.checkpoint, final, self.broken)
 

@@ -1,9 +1,12 @@
-"""Preview sheets: rows of pictures with labels, as one PNG."""
+"""Preview sheets: rows of pictures with labels, as one PNG that says of itself which picture is where."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +29,7 @@ def preview_sheet(
     Raises:
         ValueError: there are no pictures.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
     rows = [(label, pictures) for label, pictures in rows if len(pictures)]
     if not rows:
@@ -49,8 +52,48 @@ def preview_sheet(
         draw.text((left + column * (cell + margin), size[1] - bottom + margin), shown, "black", font)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    layout = {
+        "cell": cell, "margin": margin, "left": left, "captions": list(captions),
+        "rows": [[label, len(pictures)] for label, pictures in rows],
+    }  # fmt: skip
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt(_LAYOUT, json.dumps(layout, ensure_ascii=False))
+    sheet.save(path, pnginfo=note)
     return path
+
+
+@dataclass(frozen=True)
+class SheetPicture:
+    """One picture of a sheet: the label of its row, the caption under its column, and a PIL picture."""
+
+    row: str
+    caption: str
+    picture: Any
+
+
+def sheet_pictures(path: str | Path) -> list[SheetPicture]:
+    """The pictures of a sheet that `preview_sheet` wrote, row by row; none of any other picture."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        text = getattr(opened, "text", {}).get(_LAYOUT)
+        sheet = opened.convert("RGB")
+    if text is None:
+        return []
+    layout = json.loads(text)
+    cell, margin, captions = layout["cell"], layout["margin"], layout["captions"]
+    found = []
+    for number, (label, count) in enumerate(layout["rows"]):
+        top = margin + number * (cell + margin)
+        for column in range(count):
+            left = layout["left"] + column * (cell + margin)
+            caption = captions[column] if column < len(captions) else ""
+            found.append(SheetPicture(label, caption, sheet.crop((left, top, left + cell, top + cell))))
+    return found
+
+
+_LAYOUT = "stable-cascade-sheet"
+"""The PNG text that holds a sheet's layout."""
 
 
 def to_picture(pixels: Tensor):

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stable_cascade.config import TrainingSettings
+from stable_cascade.redaction import redacted
+from stable_cascade.training.noise_levels import MEANS, spans_of_log
+from stable_cascade.training.noise_plot import plot_spans
+from stable_cascade.training.publishing import check_upload
 from stable_cascade.training.sharding import is_sharded
+from stable_cascade.training.sheets import sheet_pictures
+
+LAUNCH_SHARDED = "launch with `accelerate launch --config_file accelerate_configs/fsdp.yaml`"
 
 
 def make_accelerator(config: TrainingSettings, **options: Any) -> Any:
@@ -34,13 +45,19 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
     """Refuse a launch that contradicts the config.
 
     Raises:
-        ValueError: `use_fsdp` and the accelerate config disagree, or the processes do not divide the batch.
+        ValueError: `use_fsdp` and the accelerate config disagree, the processes do not divide the batch, or
+            `push_to_hub` could not upload anything in the end.
     """
+    if getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
+        raise ValueError(
+            "accelerate runs DeepSpeed, whose engine takes the steps itself, so that neither a bad step could be held "
+            "back nor a run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights as well"
+        )
     sharded = is_sharded(accelerator)
     if config.use_fsdp and not sharded:
         raise ValueError(
-            f"use_fsdp: True, but accelerate runs {accelerator.distributed_type.value}; launch with "
-            "`accelerate launch --config_file accelerate_configs/fsdp.yaml`, or set use_fsdp: False"
+            f"use_fsdp: True, but accelerate runs {accelerator.distributed_type.value}; {LAUNCH_SHARDED}, or set "
+            "use_fsdp: False"
         )
     if sharded and not config.use_fsdp:
         raise ValueError("accelerate runs FSDP, but use_fsdp is False; set use_fsdp: True or launch another config")
@@ -51,6 +68,8 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
             f"batch_size {config.batch_size} is not divisible by grad_accum_steps {config.grad_accum_steps} x "
             f"{accelerator.num_processes} processes; nearest: {nearest}"
         )
+    if config.push_to_hub:
+        check_upload(config, accelerator)
 
 
 def start_trackers(config: TrainingSettings, accelerator: Any, run: str) -> None:
@@ -75,10 +94,23 @@ def start_trackers(config: TrainingSettings, accelerator: Any, run: str) -> None
         wandb["mode"] = "offline"
     picture_folder(config).mkdir(parents=True, exist_ok=True)
     plain = {
-        key: value if isinstance(value, (int, float, bool)) else str(value) for key, value in asdict(config).items()
+        key: value if isinstance(value, (int, float, bool)) else str(value)
+        for key, value in redacted(asdict(config)).items()
     }
     project = config.wandb_project or config.experiment_id
-    accelerator.init_trackers(project, config=plain, init_kwargs={"wandb": wandb})
+    with _redacted_command_line():
+        accelerator.init_trackers(project, config=plain, init_kwargs={"wandb": wandb})
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """Inside its `with` block `sys.argv` holds no credentials: Weights & Biases stores the arguments of a program."""
+    arguments = list(sys.argv)
+    sys.argv[:] = redacted(arguments)
+    try:
+        yield
+    finally:
+        sys.argv[:] = arguments
 
 
 def _logged_in() -> bool:
@@ -93,17 +125,54 @@ def _logged_in() -> bool:
         return False
 
 
-def log_pictures(accelerator: Any, pictures: list[Path], step: int) -> None:
-    """Send preview sheets to the trackers."""
-    if not accelerator.trackers or not pictures:
-        return
-    import numpy as np
+def log_pictures(accelerator: Any, pictures: Sequence[Path], step: int) -> None:
+    """Send preview sheets and plots to the trackers: each as an image, and the sheets' pictures as a table."""
     from PIL import Image
 
-    loaded = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in pictures}
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            tracker.log_images(loaded, step=step)
+    for path in pictures if accelerator.trackers else ():
+        name = _series(path)
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                _log_to_tensorboard(tracker, name, image, step)
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [image]}, step=step)
+                _log_table(tracker, f"{name}/table", path, step)
+
+
+def _series(path: Path) -> str:
+    """The name under which a picture of every step appears: `step-00000100.png` is one of the series `previews`."""
+    name = re.sub(r"-?step-\d+-?", "", path.stem)
+    return name if not path.stem.startswith("step-") else f"previews/{name}".rstrip("/")
+
+
+def _log_to_tensorboard(tracker: Any, name: str, image: Any, step: int) -> None:
+    """One image; its writer has to be told that the channels come last."""
+    import numpy as np
+
+    tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+
+
+def _log_table(tracker: Any, name: str, path: Path, step: int) -> None:
+    """The pictures of one sheet, each a line with its prompt."""
+    import wandb
+
+    lines = [[step, found.caption, found.row, wandb.Image(found.picture)] for found in sheet_pictures(path)]
+    if lines:
+        tracker.log_table(name, columns=["step", "prompt", "row", "picture"], data=lines, step=step)
+
+
+def draw_noise_levels(log: LogFile) -> list[Path]:
+    """The plot of the loss by noise level beside the log, drawn anew; none where the log has no loss above zero."""
+    spans = [span for span in spans_of_log(log.path) if any(loss > 0 for _, loss in span.points)]
+    return [plot_spans(spans, log.path.with_name("loss_by_noise.png"))] if spans else []
+
+
+def flat(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Figures as trackers want them: `{"loss_by_log_snr": {"-9": 1.0}}` becomes `{"loss_by_log_snr/-9": 1.0}`."""
+    plain = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}
+    return plain | {f"{MEANS}/{middle}": loss for middle, loss in figures.get(MEANS, {}).items()}
 
 
 class LogFile:
@@ -116,7 +185,7 @@ class LogFile:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         self.path.write_text("".join(line + "\n" for line in kept))
 
-    def write(self, figures: dict[str, float]) -> None:
+    def write(self, figures: Mapping[str, Any]) -> None:
         """Append one line."""
         with self.path.open("a") as file:
             file.write(json.dumps(figures) + "\n")

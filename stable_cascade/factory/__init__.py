@@ -1,0 +1,37 @@
+"""From a config to objects: the only place that knows both. Trainers' `main`s and the commands call it.
+
+Nothing here trains or samples. The functions `…_on_meta` build without memory for weights: `plan.py` looks with
+them at everything that can go wrong, before the others load.
+"""
+
+from .adapters import add_config_lora, add_config_text_lora, learned_tokens, learning_rate, trainable_text
+from .cache import Cache, fill_cache
+from .clip import clip_source, image_embedder, text_encoder, text_encoder_on_meta
+from .control import control_filter, control_images, controlnet, controlnet_on_meta, export_controlnet
+from .data import batches, samples
+from .fingerprints import remembered
+from .launch import launch
+from .networks import (
+    NETWORKS,
+    SCRATCH,
+    cascade_folder,
+    frozen,
+    network,
+    network_on_meta,
+    on_demand,
+    preview_networks,
+    source,
+    source_key,
+)
+from .prior import Inputs, frozen_text, prior_inputs, prior_loss_fn, shown
+from .quantization import frozen_base, quantization_entry
+from .weights import Weighting, loss_weight
+
+__all__ = [
+    "NETWORKS", "SCRATCH", "Cache", "Inputs", "Weighting", "add_config_lora", "add_config_text_lora", "batches",
+    "cascade_folder", "clip_source", "control_filter", "control_images", "controlnet", "controlnet_on_meta",
+    "export_controlnet", "fill_cache", "frozen", "frozen_base", "frozen_text", "image_embedder", "launch",
+    "learned_tokens", "learning_rate", "loss_weight", "network", "network_on_meta", "on_demand",
+    "preview_networks", "prior_inputs", "prior_loss_fn", "quantization_entry", "remembered", "samples", "shown",
+    "source", "source_key", "text_encoder", "text_encoder_on_meta", "trainable_text",
+]  # fmt: skip

@@ -1,0 +1,93 @@
+"""CLIP's two encoders as a config names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stable_cascade.models.clip_image import clip_pixels
+from stable_cascade.objectives.denoising import chosen
+
+from .networks import cascade_folder, on_demand
+
+CLIP_TEXT, CLIP_IMAGE = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "openai/clip-vit-large-patch14"
+"""The CLIP networks that the released cascade was trained with."""
+
+
+def clip_source(config: Any, part: str) -> tuple[str, str]:
+    """Folder or Hub name, and folder in it, of `tokenizer`, `text_encoder` or `image_encoder` (CLIP's)."""
+    key, default = ("clip_image_model_name", CLIP_IMAGE) if part == "image_encoder" else _TEXT
+    explicit, folder = getattr(config, key), cascade_folder(config)
+    if explicit:
+        return explicit, ""
+    return (folder, part) if folder else (default, "")
+
+
+_TEXT = ("clip_text_model_name", CLIP_TEXT)
+
+
+def text_encoder(config: Any, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The tokenizer and CLIP's text encoder, frozen."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    name, part = clip_source(config, "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part)
+    name, part = clip_source(config, "text_encoder")
+    encoder = CLIPTextModelWithProjection.from_pretrained(name, subfolder=part, dtype=dtype)
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def text_encoder_on_meta(config: Any) -> tuple[Any, Any]:
+    """The tokenizer, and the text encoder without memory for its weights.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    try:
+        name, part = clip_source(config, "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part)
+        name, part = clip_source(config, "text_encoder")
+        settings = CLIPTextConfig.from_pretrained(name, subfolder=part)
+    except (OSError, TypeError):  # TypeError: what CLIPTokenizer says about a folder without vocabulary
+        raise ValueError(
+            f"there is no CLIP {part.replace('_', ' ') or 'text encoder'} in '{name}'; set clip_text_model_name"
+        ) from None
+    with torch.device("meta"):
+        return tokenizer, CLIPTextModelWithProjection(settings)
+
+
+def image_encoder(config: Any, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Pixels (B, 3, H, W) in [0, 1] -> CLIP image embeddings (B, 1, D) in float32; and D."""
+    from transformers import CLIPVisionModelWithProjection
+
+    name, part = clip_source(config, "image_encoder")
+    encoder = CLIPVisionModelWithProjection.from_pretrained(name, subfolder=part).requires_grad_(False).eval()
+    encoder = on_demand(config, encoder, device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        shown = clip_pixels(pixels, encoder.config.image_size)
+        return encoder(pixel_values=shown).image_embeds.float()[:, None]
+
+    return encode, encoder.config.projection_dim
+
+
+def image_embedder(config: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """(pixels, seeds) -> CLIP image embeddings (B, 1, D), zeros for all but `image_embedding_share` of the samples."""
+    share = config.image_embedding_share
+    if not share:
+        return lambda pixels, seeds: None
+    encode, width = image_encoder(config, device)
+
+    def embed(pixels: Tensor, seeds: Tensor) -> Tensor:
+        kept = chosen(seeds, "image embedding", share).to(device)
+        embeddings = torch.zeros(len(pixels), 1, width, device=device)
+        if kept.any():
+            embeddings[kept] = encode(pixels[kept])
+        return embeddings
+
+    return embed

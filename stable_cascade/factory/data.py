@@ -1,0 +1,100 @@
+"""The pictures of a config: their index, and the batches of every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from stable_cascade.data import Batch, SampleIndex, SampleStream, index_samples, training_batches, with_regularization
+
+
+def samples(config: Any) -> SampleIndex | SampleStream:
+    """The index of the training pictures; broken shards and filters end here, before any weight is read.
+
+    Regularisation pictures are joined to it, whole and unfiltered: masks and filters belong to the subject's.
+    """
+    index = index_samples(
+        config.webdataset_path,
+        dataset_name=config.dataset_name,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        streaming=config.streaming,
+        dataset_filters=config.dataset_filters,
+        captions_getter=config.captions_getter,
+        max_broken_share=config.max_broken_share,
+        cache_dir=config.cache_dir,
+        allow_missing_captions=config.allow_missing_captions,
+        masks=getattr(config, "masked_loss", False),
+        mask_column=getattr(config, "mask_column", "mask"),
+    )
+    if not getattr(config, "regularization_path", None):
+        return index
+    others = index_samples(
+        config.regularization_path,
+        captions_getter=config.captions_getter,
+        max_broken_share=config.max_broken_share,
+        cache_dir=config.cache_dir,
+        allow_missing_captions=config.allow_missing_captions,
+    )
+    return with_regularization(index, others, share=config.regularization_share, weight=config.prior_loss_weight)
+
+
+def batches(
+    config: Any,
+    index: SampleIndex | SampleStream,
+    accelerator: Any,
+    *,
+    factor: int,
+    decode: bool = True,
+    known_broken: Collection[str] = (),
+) -> Callable[[int], Iterator[Batch]]:
+    """Start step -> this process's micro-batches from there on, without end.
+
+    Args:
+        factor: pixels per latent along a side.
+        decode: whether the batches have pixels.
+        known_broken: keys of samples that are replaced untried.
+
+    Raises:
+        ValueError: the processes found different pictures.
+    """
+    check_agreement(index, accelerator)
+
+    def from_step(start_step: int) -> Iterator[Batch]:
+        return training_batches(
+            index,
+            image_size=config.image_size,
+            batch_size=config.batch_size,
+            grad_accum_steps=config.grad_accum_steps,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            seed=config.seed,
+            multi_aspect_ratio=config.multi_aspect_ratio,
+            bucket_factor=factor,
+            random_bucket_share=config.bucketeer_random_ratio,
+            crop=config.crop,
+            start_step=start_step,
+            num_workers=config.num_workers,
+            decode=decode,
+            crops_per_image=config.crops_per_image,
+            known_broken=known_broken,
+        )
+
+    return from_step
+
+
+def check_agreement(index: SampleIndex | SampleStream, accelerator: Any) -> None:
+    """Passes when every process has the same index: they share out its positions without talking to each other.
+
+    Raises:
+        ValueError: a shard was skipped in one process and not in another.
+    """
+    if accelerator.num_processes == 1 or isinstance(index, SampleStream):
+        return
+    from accelerate.utils import gather_object
+
+    if len(set(gather_object([index.fingerprint]))) > 1:
+        raise ValueError(
+            "webdataset_path: the processes found different pictures, so a shard failed in some of them only; start "
+            "again when all can read it"
+        )

@@ -1,0 +1,158 @@
+"""The networks of a config: where their weights come from, their shapes on the meta device, and themselves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stable_cascade import models
+from stable_cascade.models.loading import single_file_config
+from stable_cascade.models.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Network:
+    """How one network of the cascade is named in configs, folders, presets and files."""
+
+    cls: str
+    key: str
+    component: str
+
+
+NETWORKS = {
+    "prior": Network("StableCascadePrior", "generator_checkpoint_path", "prior"),
+    "decoder": Network("StableCascadeDecoder", "generator_checkpoint_path", "decoder"),
+    "vqgan": Network("StableCascadeVQGAN", "stage_a_checkpoint_path", "vqgan"),
+    "semantic_encoder": Network("StableCascadeImageEncoder", "effnet_checkpoint_path", "image_encoder"),
+    "previewer": Network("StableCascadePreviewer", "previewer_checkpoint_path", "previewer"),
+}
+SCRATCH = "scratch"
+PRETRAINED = "pretrained"
+
+
+def network_class(name: str) -> Any:
+    """The class of a network by its folder name."""
+    return getattr(models, NETWORKS[name].cls)
+
+
+def preset(config: Any, name: str) -> dict[str, Any]:
+    """The constructor arguments of a network for the config's `model_version`."""
+    versions = PRESETS[NETWORKS[name].component]
+    version = config.model_version
+    if version not in versions:
+        version = "embedded" if version == "embedded" else "released"
+    if version not in versions:
+        raise ValueError(f"model_version '{config.model_version}' has no {name}; it has {', '.join(sorted(versions))}")
+    return dict(versions[version])
+
+
+def file_preset(config: Any, name: str) -> dict[str, Any] | None:
+    """The constructor arguments for a network's single file; None where its own shapes tell them."""
+    return None if source_key(config, name) == "stage_b_checkpoint_path" else preset(config, name)
+
+
+def cascade_folder(config: Any) -> str | None:
+    """`pretrained_model_name_or_path` with the word `embedded` replaced by the folder of the embedded cascade."""
+    name = getattr(config, "pretrained_model_name_or_path", None)
+    if name != "embedded":
+        return name
+    from stable_cascade.embedded import embedded_path
+
+    return str(embedded_path())
+
+
+def source_key(config: Any, name: str) -> str:
+    """The key that says where a network's weights come from."""
+    if name == "decoder" and hasattr(config, "stage_b_checkpoint_path"):  # beside Stage C, which is the generator
+        return "stage_b_checkpoint_path"
+    return NETWORKS[name].key if name in NETWORKS else "pretrained_model_name_or_path"
+
+
+def preview_networks(config: Any) -> list[str]:
+    """The networks that turn Stage C's latents into pictures for previews."""
+    if not config.num_preview_images:
+        return []
+    return ["decoder", "vqgan"] if config.stage_b_checkpoint_path else ["previewer"]
+
+
+def source(config: Any, name: str) -> str:
+    """Where a network's weights come from: a file, a folder, a Hub name, or the word `scratch`.
+
+    Raises:
+        ValueError: no key names one, or the file is missing.
+    """
+    key = source_key(config, name)
+    explicit = getattr(config, key, None) if name in NETWORKS else None
+    if explicit and explicit != PRETRAINED:
+        if explicit != SCRATCH and not Path(explicit).exists():
+            raise ValueError(f"{key} '{explicit}' does not exist; give a file, a folder or '{SCRATCH}'")
+        return explicit
+    folder = cascade_folder(config)
+    if not folder:
+        raise ValueError(
+            f"{key} is not set, so the {name} has no weights; name a file or folder, '{SCRATCH}', "
+            "or a whole cascade with pretrained_model_name_or_path"
+        )
+    if Path(folder).exists() and not (Path(folder) / name).exists():
+        raise ValueError(f"pretrained_model_name_or_path '{folder}' has no folder '{name}'; set {key} as well")
+    return str(Path(folder) / name) if Path(folder).exists() else folder
+
+
+def network_on_meta(config: Any, name: str) -> nn.Module:
+    """The network without memory for its weights: shapes and names for plans and checks.
+
+    Raises:
+        ValueError: nothing says what size the network has.
+    """
+    where, cls = source(config, name), network_class(name)
+    description = Path(where) / "config.json"
+    if description.exists():
+        arguments = json.loads(description.read_text())
+    elif Path(where).is_file() and file_preset(config, name) is None:
+        arguments = single_file_config(where, NETWORKS[name].component)
+    elif where == SCRATCH or Path(where).exists():
+        arguments = preset(config, name)
+    else:
+        try:
+            arguments = cls.load_config(where, subfolder=name)
+        except (OSError, ValueError):
+            raise ValueError(
+                f"pretrained_model_name_or_path '{where}' is no local folder, and the Hub has no such '{name}' or "
+                f"cannot be reached; give a folder, 'embedded' or a Hub name, or set {source_key(config, name)}"
+            ) from None
+    with torch.device("meta"):
+        return cls.from_config(arguments)
+
+
+def network(config: Any, name: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A network with its weights, or freshly initialised from the config's seed."""
+    where, cls = source(config, name), network_class(name)
+    if where == SCRATCH:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            model = cls(**preset(config, name))
+        return model if dtype == torch.float32 else model.to(dtype)
+    if Path(where).is_file():
+        return cls.from_single_file(where, config=file_preset(config, name), torch_dtype=dtype)
+    if Path(where).exists():
+        return cls.from_pretrained(where, torch_dtype=dtype)
+    return cls.from_pretrained(where, subfolder=name, torch_dtype=dtype)
+
+
+def frozen(config: Any, name: str, device: torch.device, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A network that only serves: no gradients, evaluation mode, on the device, or brought there while it works."""
+    return on_demand(config, network(config, name, dtype=dtype).requires_grad_(False).eval(), device)
+
+
+def on_demand(config: Any, module: nn.Module, device: torch.device) -> Any:
+    """The module on the device; with `offload` its weights stay in main memory and visit the device layer by layer."""
+    if not config.offload or device.type == "cpu":
+        return module.to(device)
+    from accelerate import cpu_offload
+
+    return cpu_offload(module, device)
