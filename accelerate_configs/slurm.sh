@@ -23,7 +23,8 @@ set -euo pipefail
 export LAUNCH_CONFIG="${LAUNCH_CONFIG:-accelerate_configs/fsdp2.yaml}"
 export VENV="${VENV:-.venv}"
 export GPUS="${SLURM_GPUS_ON_NODE:-8}"
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# sed reads to the end of its input; head would not, and end scontrol, and with it this script, with an error.
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MASTER_ADDR
 # Two jobs on one machine must not meet on one port.
 export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"

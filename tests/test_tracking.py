@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,21 @@ def draw(folder: Path, model, step: int, ema) -> list[Path]:
     return [preview_sheet(rows, folder / f"step-{step:08d}.png", captions=["a red cat", "an owl"], cell=96)]
 
 
-def wandb_records(folder: Path):
-    """Every record of an offline run: protobuf messages in LevelDB's log format, blocks of 32 KiB after a header."""
+def wandb_records(folder: Path) -> list:
+    """Every record of an offline run, once wandb's own process has written the last one."""
+    (file,) = folder.rglob("run-*.wandb")
+    for _ in range(300):
+        records = list(records_of(file))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    return records
+
+
+def records_of(file: Path):
+    """The whole records of a file: protobuf messages in LevelDB's log format, blocks of 32 KiB after a header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = folder.rglob("run-*.wandb")
     content, place, parts = file.read_bytes(), 7, []
     while place + 7 <= len(content):
         room = 32768 - place % 32768

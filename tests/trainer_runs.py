@@ -85,11 +85,14 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Trains one config after the other in this process: start-up is most of the time of a tiny training."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
 
+    leave = PartialState.destroy_process_group
+    PartialState.destroy_process_group = lambda state, group=None: None  # processes do not always meet a second time
     for name, config in zip(arguments[::2], arguments[1::2], strict=True):
         trainer_main(name)(["--config", config])
-        AcceleratorState._reset_state(reset_partial_state=True)  # the end of a training leaves the process group
+        AcceleratorState._reset_state()
+    leave(PartialState())
 
 
 if __name__ == "__main__":
