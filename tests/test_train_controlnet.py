@@ -24,6 +24,8 @@ from stable_cascade.training.tracking import make_accelerator
 from tests.tiny_cascade import tiny_prior
 from tests.trainer_runs import (
     ROOT,
+    ROUNDED,
+    assert_same,
     settings,
     tensors,
     train,
@@ -37,9 +39,6 @@ from tests.two_processes import launch_two
 pytest.importorskip("cv2", reason="CannyFilter needs OpenCV")
 
 quiet = partial(tqdm, disable=True)
-
-ROUNDED = {"adam_epsilon": 1e-5}
-"""As in test_trainers: gradients that are zero but for rounding must not become steps."""
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +66,6 @@ def awake(controlnet):
     for projection in controlnet.projections:
         projection[2].weight.data.normal_(std=0.5, generator=generator)
     return controlnet.eval()
-
-
-def assert_same(one, other, tolerance=0.0):
-    first, second = tensors(one), tensors(other)
-    assert first
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert (value - second[name]).abs().max() <= tolerance, name
 
 
 def test_untrained_controlnet_changes_no_bit(tmp_path, cascade):

@@ -26,7 +26,7 @@ from stable_cascade.objectives.vqgan import (
 )
 from stable_cascade.training.codebook import CodebookRevival, numbered
 from tests.tiny_cascade import VQGAN, seeded
-from tests.trainer_runs import ROOT, settings, tensors, train, trainer_main, write_config, write_pictures
+from tests.trainer_runs import ROOT, assert_same, settings, train, trainer_main, write_config, write_pictures
 from tests.two_processes import launch_two
 
 SHORT = {
@@ -60,14 +60,6 @@ def pixels(count=4, side=16):
 def run(where, folder, **changes):
     start = {"stage_a_checkpoint_path": str(folder / "vqgan")}
     return train("vqgan", where, folder, **SHORT | start | changes)
-
-
-def assert_same(one, other, tolerance=0.0):
-    first, second = tensors(one), tensors(other)
-    assert first
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert (value - second[name]).abs().max() <= tolerance, name
 
 
 def make_model(seed=0):

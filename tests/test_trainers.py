@@ -20,7 +20,9 @@ from stable_cascade import StableCascadePipeline
 from tests.trainer_runs import (
     LORA,
     ROOT,
+    ROUNDED,
     TOKENS,
+    assert_same,
     settings,
     tensors,
     train,
@@ -33,9 +35,6 @@ from tests.two_processes import launch_two
 
 HARD = {"ema_beta": 0.5, "ema_iters": 1, "ema_start_iters": 2, "lora_dropout": 0.1, "num_workers": 2}
 """What makes a LoRA resumption hard, beside the buckets, accumulation, dropout and tokens of every run here."""
-
-ROUNDED = {"adam_epsilon": 1e-5}
-"""Keys' biases have the gradient zero but for rounding, which Adam without this would blow up to a step's size."""
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +51,6 @@ def steady(tmp_path_factory, cascade):
     write_cascade(folder, dropout=0.0)
     shutil.copy(cascade / "pictures.tar", folder)
     return folder
-
-
-def assert_same(one, other, tolerance=0.0):
-    first, second = (tensors(folder) for folder in (one, other))
-    assert first
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        if tolerance:
-            assert (value - second[name]).abs().max() <= tolerance, name
-        else:
-            assert torch.equal(value, second[name]), name
 
 
 def last_step(folder):
