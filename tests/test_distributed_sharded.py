@@ -93,11 +93,14 @@ def test_mixed_precision_keeps_inputs_and_sums_whole(tmp_path):
     ("trainer", "changes"),
     [
         ("lora", {"ema_beta": 0.5}),
+        ("lora", {"dtype": "bfloat16"}),
         ("text_to_image", {"adaptive_loss_weight": True, "ema_beta": 0.5, "gradient_checkpointing": True}),
+        ("controlnet", {"ema_beta": 0.5, "gradient_checkpointing": True}),
+        ("decoder", {"adaptive_loss_weight": True, "ema_beta": 0.5}),
     ],
 )
 def test_sharded_trainer_equals_one_process_and_resumes_to_the_same_bits(tmp_path, trainer, changes):
-    """LoRA with tokens, and text-to-image, as fsdp2.yaml wraps them."""
+    """Every training that may be sharded, as fsdp2.yaml wraps it; a LoRA also on a base of another number format."""
     cascade = write_cascade(tmp_path / "cascade", dropout=0.0)
     write_pictures(cascade / "pictures.tar")
     changes = {"adam_epsilon": 1e-5, "save_every": 3, **changes}
@@ -113,7 +116,8 @@ def test_sharded_trainer_equals_one_process_and_resumes_to_the_same_bits(tmp_pat
     two = tensors(launch("two"))
     one = tensors(train(trainer, tmp_path, cascade, experiment_id="one", **changes))
     assert one.keys() == two.keys()
-    assert max((one[name] - two[name]).abs().max().item() for name in one) <= 1e-5
+    rounding = 1e-4 if "dtype" in changes else 1e-5  # sums of bfloat16 depend on their order
+    assert max((one[name] - two[name]).abs().max().item() for name in one) <= rounding
     again = tensors(launch("again", resume=str(tmp_path / "runs/two/step-00000003")))
     assert all(torch.equal(again[name], value) for name, value in two.items())
 
