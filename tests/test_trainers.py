@@ -166,7 +166,7 @@ def test_previews_do_not_change_the_weights(tmp_path, cascade):
     watched = train("lora", tmp_path, cascade, experiment_id="watched", save_every=2, num_preview_images=2,
                     preview_steps=3, validation_prompts=["red dog", "[fox]", "a snail"], **changes)  # fmt: skip
     assert not list((tmp_path / "out/run").glob("step-*.png"))
-    sheets = sorted(path.name for path in (tmp_path / "out/watched").glob("*.png"))
+    sheets = sorted(path.name for path in (tmp_path / "out/watched").glob("step-*.png"))
     assert sheets == ["step-00000002.png", "step-00000004.png", "step-00000006.png"]
     assert_same(watched, without)
 
