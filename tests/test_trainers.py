@@ -160,6 +160,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, cascade, trainer):
     assert_same(again, plain, tolerance=1e-6)
 
 
+def test_previews_show_whole_pictures_where_stage_b_is_named(tmp_path, cascade):
+    places = {"rough": None, "named": str(cascade / "decoder"), "own": "pretrained"}
+    for name, place in places.items():
+        train("text_to_image", tmp_path, cascade, experiment_id=name, updates=1, stage_b_checkpoint_path=place)
+    rough, named, own = ((tmp_path / f"out/{name}/step-00000001.png").read_bytes() for name in places)
+    assert named == own
+    assert named != rough
+    with pytest.raises(ValueError, match=r"stage_b_checkpoint_path '.*none' does not exist"):
+        train("text_to_image", tmp_path, cascade, stage_b_checkpoint_path=str(tmp_path / "none"))
+
+
 def test_previews_do_not_change_the_weights(tmp_path, cascade):
     changes = {"ema_beta": 0.5, "lora_dropout": 0.2}
     without = train("lora", tmp_path, cascade, num_preview_images=0, **changes)
