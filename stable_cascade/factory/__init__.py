@@ -10,6 +10,7 @@ from .clip import clip_source, image_embedder, text_encoder, text_encoder_on_met
 from .control import control_filter, control_images, controlnet, controlnet_on_meta, export_controlnet
 from .data import batches, samples
 from .fingerprints import remembered
+from .inputs import Inputs, frozen_text, shown
 from .launch import launch
 from .networks import (
     NETWORKS,
@@ -23,7 +24,7 @@ from .networks import (
     source,
     source_key,
 )
-from .prior import Inputs, frozen_text, prior_inputs, prior_loss_fn, shown
+from .prior import prior_inputs, prior_loss_fn
 from .quantization import frozen_base, quantization_entry
 from .weights import Weighting, loss_weight
 

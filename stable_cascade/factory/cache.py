@@ -21,8 +21,8 @@ from stable_cascade.objectives.denoising import chosen
 from .clip import image_encoder
 from .data import batches
 from .fingerprints import cache_folder, fingerprint, remember
+from .inputs import Inputs, frozen_text, shown
 from .networks import frozen, network_on_meta
-from .prior import Inputs, frozen_text, shown
 
 TEXTS_AT_ONCE, CROPS_AT_ONCE = 32, 16
 

@@ -16,8 +16,8 @@ from stable_cascade.diffusion.noise import sample_generators
 from stable_cascade.formats.controlnet import DESCRIPTION, read_description, read_shapes, save_controlnet
 from stable_cascade.models.controlnet import StableCascadeControlNet
 
+from .inputs import shown
 from .networks import frozen, network, network_on_meta
-from .prior import shown
 
 RELEASED_WIDTH = 1536
 """The narrowest released prior; a `large` bottleneck keeps its published size from there on."""

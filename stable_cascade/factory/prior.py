@@ -1,9 +1,8 @@
-"""What Stage C's trainings are fed with, live or from the cache, and their loss."""
+"""The inputs of Stage C's trainings, live or from the cache, and their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,30 +11,13 @@ from torch import Tensor
 
 from stable_cascade.data import Batch, SampleIndex, SampleStream
 from stable_cascade.models.text import TextEmbedder
-from stable_cascade.objectives.prior import EmbedText, prior_loss
+from stable_cascade.objectives.prior import prior_loss
 
-from .clip import image_embedder, text_encoder
+from .cache import cached_inputs
+from .clip import image_embedder
 from .data import batches
-from .networks import frozen, on_demand
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What Stage C's trainings are fed with.
-
-    Args:
-        batches: start step -> this process's micro-batches from there on.
-        encode: batch -> clean semantic latents (B, 16, h, w).
-        embed_image: batch -> image embeddings (B, 1, D), zero for the samples that go without, or None.
-        text: captions -> hidden states (B, L, D) and pooled text (B, 1, P).
-        pictures: batches with their pixels, whatever `batches` leaves out; for previews.
-    """
-
-    batches: Callable[[int], Iterator[Batch]]
-    encode: Callable[[Batch], Tensor]
-    embed_image: Callable[[Batch], Tensor | None]
-    text: EmbedText
-    pictures: Callable[[int], Iterator[Batch]]
+from .inputs import Inputs, frozen_text, shown
+from .networks import frozen
 
 
 def prior_inputs(
@@ -43,8 +25,6 @@ def prior_inputs(
 ) -> Inputs:
     """The inputs as the config says; `text` is a text encoder that trains, absent: the config's own, frozen."""
     if config.cache:
-        from .cache import cached_inputs
-
         return cached_inputs(config, accelerator, index, text)
     device = accelerator.device
     encoder = frozen(config, "semantic_encoder", device)
@@ -57,25 +37,6 @@ def prior_inputs(
         text=text or frozen_text(config, device),
         pictures=stream,
     )
-
-
-def shown(batch: Batch, device: torch.device) -> Tensor:
-    """The batch's pixels on the device."""
-    assert batch.pixels is not None
-    return batch.pixels.to(device, non_blocking=True)
-
-
-def frozen_text(config: Any, device: torch.device) -> EmbedText:
-    """The config's text encoder as a function without gradients."""
-    tokenizer, encoder = text_encoder(config, dtype=getattr(torch, config.dtype))
-    embedder = TextEmbedder(on_demand(config, encoder, device), tokenizer)
-
-    @torch.no_grad()
-    def embed(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        hidden, pooled = embedder(captions, device)
-        return hidden, pooled
-
-    return embed
 
 
 def prior_loss_fn(
