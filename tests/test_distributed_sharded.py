@@ -122,6 +122,7 @@ def test_sharded_trainer_equals_one_process_and_resumes_to_the_same_bits(tmp_pat
     assert all(torch.equal(again[name], value) for name, value in two.items())
 
 
+@pytest.mark.slow
 def test_gradient_norm_of_a_sharded_model_is_that_of_the_whole(tmp_path):
     """Clipping at a small norm acts at every step, so equal weights after it mean equal norms."""
     toy_sharded(tmp_path / "two", max_grad_norm=0.01, updates=4, adam_epsilon=0.01)

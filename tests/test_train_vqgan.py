@@ -341,6 +341,7 @@ def test_previews_may_lie_beside_the_checkpoints(tmp_path, folder):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, folder):
     """Accumulation, revivals, the start of the discriminator in the middle."""
     changes = SHORT | SPLIT | {"ema_beta": 0.5, "stage_a_checkpoint_path": str(folder / "vqgan")}
