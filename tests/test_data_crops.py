@@ -22,6 +22,7 @@ from stable_cascade.data import (
     training_batches,
     with_regularization,
 )
+from stable_cascade.data.samples import content_hash
 from tests.making_shards import encoded, picture, undecodable, write_shard, write_tar
 
 PLAN = {"image_size": 32, "batch_size": 8, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
@@ -327,3 +328,14 @@ def test_regularization_refusals(samples, share, weight, words):
     joined = with_regularization(samples, samples, 0.5, 1.0)
     with pytest.raises(ValueError, match="already cannot be joined"):
         with_regularization(joined, samples, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+@pytest.mark.parametrize("place", [0, 500, -1])
+def test_content_hash_sees_one_changed_byte_of_files_of_one_length(size, place):
+    data = bytearray(range(250)) * (size // 250)
+    other = bytearray(data)
+    other[place] ^= 1
+    assert content_hash(bytes(data)) == content_hash(bytes(bytearray(data)))
+    assert content_hash(bytes(data)) != content_hash(bytes(other))
+    assert content_hash(bytes(data)) != content_hash(bytes(data[:-1]))
