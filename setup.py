@@ -37,6 +37,7 @@ EXTRAS = {
     "controlnet_aux": ["controlnet-aux>=0.0.9"],  # its own requirements bring torchvision
     "quant": ["bitsandbytes>=0.46"],
     "app": ["gradio>=5.0"],
+    "docs": ["mkdocs-material>=9.5"],
     "tensorboard": ["tensorboard>=2.16"],
     "embedded": ["resvg-py>=0.5", "matplotlib>=3.8"],
     "quality": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML>=6.0"],

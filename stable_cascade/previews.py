@@ -66,8 +66,9 @@ def prior_previews(
     """
     if not config.num_preview_images:
         return no_previews
-    show = latents_shown(config, device, inputs)
     batch = first_pictures(inputs.pictures, config.num_preview_images)
+    pictures = factory.shown(batch, device)
+    show = latents_shown(config, device, inputs.text, preview_size(pictures))
     prompts = list(config.validation_prompts or batch.captions)
     clean, captions = inputs.encode(batch), batch.captions
     image = control(batch) if control is not None else None
@@ -86,7 +87,7 @@ def prior_previews(
     def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
         guess = one_step(lambda x, r: model(x, r, captions, None, image), clean, config.prediction_type, 0.5)
         rows = [
-            ("pictures", factory.shown(batch, device)),
+            ("pictures", pictures),
             ("latents", show(clean, captions)),
             ("one step", show(guess, captions)),
         ]
@@ -118,9 +119,13 @@ def cycled(rows: Tensor, count: int) -> Tensor:
 
 
 def latents_shown(
-    config: Any, device: torch.device, inputs: factory.Inputs
+    config: Any, device: torch.device, embed_text: EmbedText, size: tuple[int, int]
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """(semantic latents, captions) -> pictures: through Stages B and A where the config names Stage B, else rough."""
+    """(semantic latents, captions) -> pictures: through Stages B and A where the config names Stage B, else rough.
+
+    Args:
+        size: height and width of the whole pictures.
+    """
     if not config.stage_b_checkpoint_path:
         previewer = factory.frozen(config, "previewer", device)
         return lambda latents, captions: previewer(latents)
@@ -128,27 +133,25 @@ def latents_shown(
     decoder = factory.frozen(config, "decoder", device, dtype=dtype)
     vqgan = factory.frozen(config, "vqgan", device)
     settings, scheduler = Settings(config.preview_decoder_steps, 1.1), StableCascadeScheduler()
-    height, width = picture_size(config, inputs)
+    height, width = size
 
     def show(latents: Tensor, captions: Sequence[str]) -> Tensor:
         generators = sample_generators(range(config.seed, config.seed + len(latents)), "preview decoder")
         noise = gaussian_noise(vq_noise_shape(decoder, vqgan, height, width), generators).to(device)
-        text = embedded_text(inputs.text, captions)
+        text = embedded_text(embed_text, captions)
         run = {"generator": generators, "progress": _quiet}
         return decode_vq(vqgan, sample_vq(decoder, scheduler, noise, text, latents, settings, **run), height, width)
 
     return show
 
 
-def picture_size(config: Any, inputs: factory.Inputs) -> tuple[int, int]:
+def preview_size(pictures: Tensor) -> tuple[int, int]:
     """Height and width of the preview pictures: a third more than the training's, as Stage B draws them.
 
     Stage C's latents stand for 32 pixels a side in training and for 42.67 at inference (8 and 10.67 in the embedded
     cascade): Stage B was trained to draw from latents of a smaller picture.
     """
-    pixels = next(inputs.pictures(0)).pixels
-    assert pixels is not None
-    return int(pixels.shape[-2] * 4 / 3), int(pixels.shape[-1] * 4 / 3)
+    return int(pictures.shape[-2] * 4 / 3), int(pictures.shape[-1] * 4 / 3)
 
 
 def decoder_previews(

@@ -13,6 +13,7 @@ PACKAGE = "stable_cascade"
 # Folder or module of the package (or of the repository) -> its layer. A new one has to be placed here.
 LAYERS = {
     "redaction": -1,
+    "wording": -1,
     "diffusion": 0,
     "data": 0,
     "controls": 0,
@@ -26,6 +27,7 @@ LAYERS = {
     "training": 3,
     "pipelines": 3,
     "factory": 4,
+    "drawing": 4,
     "plan": 4,
     "previews": 4,
     "estimate": 4,

@@ -4,9 +4,12 @@ import pytest
 import torch
 from diffusers import StableCascadeUNet
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+from safetensors.torch import save_file
 
 from stable_cascade.models.controlnet import StableCascadeControlNet
+from stable_cascade.models.decoder import StableCascadeDecoder
 from stable_cascade.models.image_encoder import StableCascadeImageEncoder
+from stable_cascade.models.loading import single_file_config
 from stable_cascade.models.presets import PRESETS, preset
 from stable_cascade.models.previewer import StableCascadePreviewer
 from stable_cascade.models.vqgan import StableCascadeVQGAN
@@ -110,3 +113,14 @@ def test_unknown_presets_are_refused():
         preset("prior", "3.5B")
     with pytest.raises(ValueError, match=r"component 'decodr' has no presets; .*nearest: decoder"):
         preset("decodr", "3B")
+
+
+def test_header_of_a_single_file_tells_its_preset(tmp_path):
+    model = StableCascadeDecoder(**preset("decoder", "embedded"))
+    save_file({name: value.contiguous() for name, value in model.to_original().items()}, tmp_path / "b.safetensors")
+    assert single_file_config(StableCascadeDecoder, "decoder", tmp_path / "b.safetensors") == preset(
+        "decoder", "embedded"
+    )
+    save_file({"gamma": torch.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError):
+        single_file_config(StableCascadeDecoder, "decoder", tmp_path / "other.safetensors")

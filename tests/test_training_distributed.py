@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.toy_run import Toy, saved, toy_arguments, toy_config, toy_train
+from tests.trainer_runs import write_pictures
 from tests.two_processes import launch_two
 
 ROOT = Path(__file__).parent.parent
@@ -148,3 +149,27 @@ def test_sharded_parts_are_written_and_read_without_loss(tmp_path, version):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sharded resume is exact" in done.stdout
+
+
+DISAGREEING = """
+import sys
+from accelerate import Accelerator
+from stable_cascade.data import index_samples
+from stable_cascade.factory.data import check_agreement
+
+accelerator = Accelerator()
+check_agreement(index_samples(sys.argv[1]), accelerator)
+print("agreed on one")
+check_agreement(index_samples(sys.argv[1 + accelerator.process_index]), accelerator)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_found_different_pictures_stop(tmp_path):
+    program = tmp_path / "disagreeing.py"
+    program.write_text(DISAGREEING)
+    shards = [str(write_pictures(tmp_path / f"{count}.tar", count)) for count in (4, 3)]
+    done = launch_two(program, *shards)
+    assert done.returncode != 0
+    assert done.stdout.count("agreed on one") == 2
+    assert "ValueError: webdataset_path: the processes found different pictures" in done.stderr

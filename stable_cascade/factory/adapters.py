@@ -154,9 +154,10 @@ def learning_rate(config: Any) -> Callable[[str], float] | None:
         return None
 
     def rate(name: str) -> float:
-        own = (
-            config.token_lr if name.endswith(".rows") else config.text_encoder_lr if name.startswith("text.") else None
-        )
+        if name.endswith(".rows"):
+            own = config.token_lr
+        else:
+            own = config.text_encoder_lr if name.startswith("text.") else None
         return config.lr if own is None else own
 
     return rate

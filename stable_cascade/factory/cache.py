@@ -17,6 +17,7 @@ from stable_cascade.data import Batch, PlannedCrop, SampleIndex, SampleStream, c
 from stable_cascade.data.cache import StoreWriter, TensorStore, digest
 from stable_cascade.models.text import TextEmbedder
 from stable_cascade.objectives.denoising import chosen
+from stable_cascade.training.processes import told
 
 from .clip import image_encoder
 from .data import batches
@@ -238,11 +239,7 @@ def _fill_texts(config: Any, accelerator: Any, store: TensorStore, captions: set
 
 def everyone(accelerator: Any, values: list[Any]) -> list[Any]:
     """The values of all processes; none goes on before all are here."""
-    if accelerator.num_processes == 1:
-        return values
-    from accelerate.utils import gather_object
-
-    return gather_object(values)
+    return [value for some in told(accelerator, values) for value in some]
 
 
 def _belongs(name: str, accelerator: Any) -> bool:

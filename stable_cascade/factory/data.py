@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from stable_cascade.data import Batch, SampleIndex, SampleStream, index_samples, training_batches, with_regularization
+from stable_cascade.training.processes import told
 
 
 def samples(config: Any) -> SampleIndex | SampleStream:
@@ -89,11 +90,9 @@ def check_agreement(index: SampleIndex | SampleStream, accelerator: Any) -> None
     Raises:
         ValueError: a shard was skipped in one process and not in another.
     """
-    if accelerator.num_processes == 1 or isinstance(index, SampleStream):
+    if isinstance(index, SampleStream) or accelerator.num_processes == 1:  # hashing all names takes a while
         return
-    from accelerate.utils import gather_object
-
-    if len(set(gather_object([index.fingerprint]))) > 1:
+    if len(set(told(accelerator, index.fingerprint))) > 1:
         raise ValueError(
             "webdataset_path: the processes found different pictures, so a shard failed in some of them only; start "
             "again when all can read it"

@@ -114,7 +114,7 @@ def network_on_meta(config: Any, name: str) -> nn.Module:
     if description.exists():
         arguments = json.loads(description.read_text())
     elif Path(where).is_file() and file_preset(config, name) is None:
-        arguments = single_file_config(where, NETWORKS[name].component)
+        arguments = single_file_config(cls, NETWORKS[name].component, where)
     elif where == SCRATCH or Path(where).exists():
         arguments = preset(config, name)
     else:

@@ -113,7 +113,7 @@ def resolve_config(
     )
 
 
-def single_file_config(path: str | PathLike[str], component: str) -> dict[str, Any]:
+def single_file_config(cls: type[Any], component: str, path: str | PathLike[str]) -> dict[str, Any]:
     """The constructor's arguments of the preset that a .safetensors file holds, from its header alone.
 
     Raises:
@@ -121,12 +121,9 @@ def single_file_config(path: str | PathLike[str], component: str) -> dict[str, A
     """
     from safetensors import safe_open
 
-    import stable_cascade.models as classes
-
-    cls = {"prior": "StableCascadePrior", "decoder": "StableCascadeDecoder"}[component]
     with safe_open(str(path), "pt") as file, torch.device("meta"):
         weights = {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}
-    return resolve_config(getattr(classes, cls), component, None, from_original(weights, component))
+    return resolve_config(cls, component, None, from_original(weights, component))
 
 
 def _read_config(config: str | PathLike[str], component: str) -> dict[str, Any]:

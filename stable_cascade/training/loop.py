@@ -20,6 +20,7 @@ from stable_cascade.training import tracking
 from stable_cascade.training.folders import told_if_full
 from stable_cascade.training.interruption import SharedFailure, StopRequest
 from stable_cascade.training.optimizers import set_learning_rate
+from stable_cascade.training.processes import told
 from stable_cascade.training.randomness import seeded
 from stable_cascade.training.run import Figures, PreviewFunction, Run, SaveFunction, TrainResult
 
@@ -196,12 +197,7 @@ def _settle(accelerator: Any, figures: Figures) -> bool:
     _, bad, stop = figures.status.tolist()
     if bad:
         named = [key for key, loss in zip(figures.keys, figures.losses.tolist(), strict=True) if loss - loss != 0]
-        local = (named, figures.keys)
-        everyone = [local]
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            everyone = gather_object([local])
+        everyone = told(accelerator, (named, figures.keys))
         culprits = [key for some, _ in everyone for key in some] or [key for _, some in everyone for key in some]
         what = "loss" if any(some for some, _ in everyone) else "gradient norm"
         raise NonFiniteError(

@@ -9,6 +9,7 @@ from typing import Any
 from stable_cascade.config import TrainingSettings
 from stable_cascade.redaction import redacted
 from stable_cascade.training.model_card import write_model_card
+from stable_cascade.training.processes import shared
 
 LATER = "`stable-cascade publish {folder} --repo {repo}`"
 
@@ -20,19 +21,15 @@ def check_upload(config: TrainingSettings, accelerator: Any) -> None:
         ValueError: the hub cannot be reached, the token is missing, refused or may only read, or the repository is
             not the user's to make.
     """
-    from accelerate.utils import broadcast_object_list
-
-    problem: list[str | None] = [None]
+    problem = None
     if accelerator.is_main_process:
         try:
             check_token(repository(config))
         except ValueError as error:
             later = LATER.format(folder="FOLDER", repo=repository(config))
-            problem = [f"push_to_hub: {error}; or set push_to_hub: False and upload with {later} after the training"]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise ValueError(problem[0])
+            problem = f"push_to_hub: {error}; or set push_to_hub: False and upload with {later} after the training"
+    if problem := shared(accelerator, problem):
+        raise ValueError(problem)
 
 
 def repository(config: TrainingSettings) -> str:
@@ -113,8 +110,8 @@ def publish_run(config: TrainingSettings, folder: Path) -> str:
     try:
         repo = check_token(repo)
         write_model_card(folder, redacted(asdict(config)), repo)
-        private = bool(getattr(config, "hub_private", False))
-        address = push_to_hub(folder, repo, private=private, message=f"{config.experiment_id}, {config.updates} steps")
+        message = f"{config.experiment_id}, {config.updates} steps"
+        address = push_to_hub(folder, repo, private=config.hub_private, message=message)
     except (ValueError, OSError) as error:
         return redacted(
             f"push_to_hub: {_line(error)}. Nothing is lost: the export is in {folder}, and "

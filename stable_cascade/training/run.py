@@ -18,6 +18,7 @@ from stable_cascade.training.ema import MovingAverage, averaged, trainable
 from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
 from stable_cascade.training.noise_levels import LossByNoiseLevel
 from stable_cascade.training.optimizers import build_optimizer, parameter_groups
+from stable_cascade.training.processes import shared, told
 from stable_cascade.training.publishing import publish_run
 
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
@@ -123,7 +124,7 @@ class Run:
             if self.config.resume == "never" and (aside := checkpoints.set_aside(self.folder)):
                 self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
             found = checkpoints.find_checkpoint(self.config)
-        found = sharding.shared(self.accelerator, found)
+        found = shared(self.accelerator, found)
         if found is not None:
             self._load(found)
         self.progress = tracking.Progress(self.config, self.step, shown=self.accelerator.is_main_process)
@@ -162,9 +163,9 @@ class Run:
             contents = checkpoints.read_checkpoint(folder, self.config, share)
         except ValueError as found:
             error = str(found)
-        for told in sharding.told(accelerator, error):
-            if told:
-                raise ValueError(told)
+        for message in told(accelerator, error):
+            if message:
+                raise ValueError(message)
         return contents
 
     def _parts(self) -> sharding.Parts:
@@ -258,7 +259,7 @@ class Run:
 
     def _write_parts(self, target: Path) -> tuple[Path, dict[str, list[int]]]:
         """Let every process write its part of a checkpoint; the folder it is begun in, and the parts' checksums."""
-        begun = sharding.shared(self.accelerator, begin_folder(target) if self.accelerator.is_main_process else None)
+        begun = shared(self.accelerator, begin_folder(target) if self.accelerator.is_main_process else None)
         with cleared_if_full(begun, target):
             return begun, sharding.write_together(self.accelerator, begun / checkpoints.PARTS, self._parts())
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stable_cascade.training.ema import MovingAverage, averaged
 from stable_cascade.training.folders import checked
+from stable_cascade.training.processes import told
 
 
 def is_sharded(accelerator: Any) -> bool:
@@ -157,25 +158,6 @@ def write_together(accelerator: Any, folder: Path, parts: Parts) -> dict[str, li
     files = sorted(folder.iterdir())[accelerator.process_index :: accelerator.num_processes]
     sums = told(accelerator, {f"{folder.name}/{path.name}": checked(path) for path in files})
     return {name: value for some in sums for name, value in some.items()}
-
-
-def told(accelerator: Any, own: Any) -> list[Any]:
-    """What every process has to say, in their order."""
-    if accelerator.num_processes == 1:
-        return [own]
-    from accelerate.utils import gather_object
-
-    return gather_object([own])
-
-
-def shared(accelerator: Any, value: Any) -> Any:
-    """The main process's value, on all of them."""
-    from accelerate.utils import broadcast_object_list
-
-    values = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(values)
-    return values[0]
 
 
 def read_parts(folder: Path, parts: Parts) -> None:
