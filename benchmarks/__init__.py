@@ -1,0 +1,1 @@
+"""Ours and a peer side by side: `make bench`, `make bench-gpu`."""

@@ -1,0 +1,78 @@
+"""Two callables timed in turns in one process, and the rows that come out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results; `ratio` is above 1 where ours is better, `spread` its lowest and highest pair."""
+
+    row: str
+    ours: float
+    peer: float | None
+    unit: str
+    ratio: float | None
+    spread: tuple[float, float] | None
+    peer_name: str
+    note: str = ""
+
+    def entry(self) -> dict[str, Any]:
+        """The row as JSON has it."""
+        return asdict(self)
+
+
+def synchronise() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    synchronise()
+    start = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def in_turns(
+    row: str,
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    *,
+    peer_name: str,
+    rounds: int = 7,
+    warmup: int = 1,
+    amount: float = 1.0,
+    unit: str = "s",
+    note: str = "",
+) -> Row:
+    """Both timed `rounds` times, A B B A A B …, so that a machine that slows down slows both.
+
+    The ratio is the median of the ratios of the pairs. With another unit than seconds, `amount` of it is what one call
+    does, and the row gives amounts per second.
+    """
+    for _ in range(warmup):
+        ours()
+        peer()
+    pairs = []
+    for number in range(rounds):
+        if number % 2:
+            theirs, own = seconds(peer), seconds(ours)
+        else:
+            own, theirs = seconds(ours), seconds(peer)
+        pairs.append((own, theirs))
+    ratios = sorted(theirs / own for own, theirs in pairs)
+    own, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    if unit != "s":
+        own, theirs = amount / own, amount / theirs
+    return Row(row, own, theirs, unit, statistics.median(ratios), (ratios[0], ratios[-1]), peer_name, note)
