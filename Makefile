@@ -25,7 +25,7 @@ QUICKSTART_ARGS = $(TRAIN_ARGS) --output $(QUICKSTART)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 RUN = $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
 
-.PHONY: help venv install install-test quality format test test-slow quickstart docs bench clean
+.PHONY: help venv install install-test quality format test test-slow quickstart docs docs-pictures bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z -]*:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
@@ -40,6 +40,10 @@ $(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test,quality]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
 	touch $@
 
 venv install: $(VENV)/.installed  ## the package and what it needs, in .venv
@@ -67,13 +71,17 @@ quickstart: $(VENV)/.installed  ## draw, train a LoRA on the embedded cascade, d
 	    examples/train_lora.py $(TRAIN_ARGS)
 	$(RUN) $(BIN)/python examples/quickstart.py after $(QUICKSTART_ARGS) $(if $(UPDATES),--measured 5)
 
-docs: $(VENV)/.installed  ## regenerate docs/configuration.md from the config dataclasses
+docs: $(VENV)/.installed-docs  ## docs/configuration.md from the config dataclasses, then the site in site/
 	$(BIN)/python docs/generate.py
-	@echo wrote docs/configuration.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo wrote docs/configuration.md and site/
+
+docs-pictures: $(VENV)/.installed-test  ## draw the pictures of the pages anew, with the embedded cascade
+	$(RUN) $(BIN)/python docs/pictures.py
 
 bench: $(VENV)/.installed  ## every script in benchmarks/, one after the other
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'benchmarks/ has no script yet'; exit 1; }
 	for script in benchmarks/*.py; do $(RUN) $(BIN)/python $$script; done
 
-clean:  ## remove .venv, caches and outputs/quickstart
-	rm -rf $(VENV) $(QUICKSTART) .mypy_cache .ruff_cache .pytest_cache build stable_cascade.egg-info
+clean:  ## remove .venv, caches, site and outputs/quickstart
+	rm -rf $(VENV) $(QUICKSTART) site .mypy_cache .ruff_cache .pytest_cache build stable_cascade.egg-info

@@ -36,7 +36,7 @@ EXTRAS = {
     "identity": ["insightface>=0.7", "onnxruntime>=1.17"],
     "controlnet_aux": ["controlnet-aux>=0.0.9"],  # its own requirements bring torchvision
     "quant": ["bitsandbytes>=0.46"],
-    "app": ["gradio>=5.0"],
+    "app": ["gradio>=6.31,<7"],
     "docs": ["mkdocs-material>=9.5"],
     "tensorboard": ["tensorboard>=2.16"],
     "embedded": ["resvg-py>=0.5", "matplotlib>=3.8"],
@@ -49,6 +49,8 @@ EXTRAS = {
         "tensorboard>=2.16",
         "opencv-contrib-python-headless>=4.9",
         "scikit-image>=0.22",
+        "gradio>=6.31,<7",
+        "playwright>=1.49",  # drives Debian's chromium; it downloads no browser by itself
     ],
 }
 

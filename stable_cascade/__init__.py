@@ -14,15 +14,18 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. The layer test reads this table too.
 _EXPORTS = {
     "StableCascadePipeline": "stable_cascade.pipelines",
+    "StableCascadeCombinedPipeline": "stable_cascade.pipelines",
     "StableCascadePriorPipeline": "stable_cascade.pipelines",
     "StableCascadeDecoderPipeline": "stable_cascade.pipelines",
     "StableCascadeReconstructionPipeline": "stable_cascade.pipelines",
     "StableCascadePrior": "stable_cascade.models",
     "StableCascadeDecoder": "stable_cascade.models",
     "StableCascadeVQGAN": "stable_cascade.models",
+    "StableCascadeUNet": "stable_cascade.models",
     "StableCascadeImageEncoder": "stable_cascade.models",
     "StableCascadePreviewer": "stable_cascade.models",
     "StableCascadeControlNet": "stable_cascade.models",
+    "StableCascadeMultiControlNet": "stable_cascade.models",
     "StableCascadeScheduler": "stable_cascade.schedulers",
 }
 _SUBMODULES = (
@@ -31,6 +34,7 @@ _SUBMODULES = (
     "controls",
     "data",
     "diffusion",
+    "drawing",
     "embedded",
     "factory",
     "formats",
@@ -43,16 +47,19 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "StableCascadeCombinedPipeline",
     "StableCascadeControlNet",
     "StableCascadeDecoder",
     "StableCascadeDecoderPipeline",
     "StableCascadeImageEncoder",
+    "StableCascadeMultiControlNet",
     "StableCascadePipeline",
     "StableCascadePreviewer",
     "StableCascadePrior",
     "StableCascadePriorPipeline",
     "StableCascadeReconstructionPipeline",
     "StableCascadeScheduler",
+    "StableCascadeUNet",
     "StableCascadeVQGAN",
     "__version__",
 ]
@@ -62,11 +69,14 @@ if TYPE_CHECKING:
         StableCascadeControlNet,
         StableCascadeDecoder,
         StableCascadeImageEncoder,
+        StableCascadeMultiControlNet,
         StableCascadePreviewer,
         StableCascadePrior,
+        StableCascadeUNet,
         StableCascadeVQGAN,
     )
     from .pipelines import (
+        StableCascadeCombinedPipeline,
         StableCascadeDecoderPipeline,
         StableCascadePipeline,
         StableCascadePriorPipeline,

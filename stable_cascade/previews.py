@@ -23,7 +23,15 @@ from stable_cascade.diffusion.process import add_noise, to_clean
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.objectives.prior import EmbedText
 from stable_cascade.objectives.vqgan import perplexity, psnr
-from stable_cascade.pipelines.sampling import Settings, Text, decode_vq, sample_semantic, sample_vq, vq_noise_shape
+from stable_cascade.pipelines.sampling import (
+    Control,
+    Settings,
+    Text,
+    decode_vq,
+    sample_semantic,
+    sample_vq,
+    vq_noise_shape,
+)
 from stable_cascade.schedulers import StableCascadeScheduler
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.sheets import preview_sheet
@@ -81,7 +89,7 @@ def prior_previews(
         text = embedded_text(model.text, prompts)
         run: dict[str, Any] = {"generator": generators, "progress": _quiet}
         if image is not None:
-            run["control"] = model.controlnet(cycled(image, len(prompts)))
+            run["control"] = [Control(model.controlnet(cycled(image, len(prompts))))]
         return show(sample_semantic(model.prior, scheduler, noise, text, None, settings, **run), prompts)
 
     def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:

@@ -81,6 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/preupload/main", self.preupload),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
             (r"/api/models/([^/]+/[^/]+)/commit/main", self.commit),
+            (r"/api/models/([^/]+/[^/]+)/revision/main", lambda body, name: {"id": name, "sha": COMMIT}),
+            (r"/api/models/([^/]+/[^/]+)/tree/[^/]+", self.tree),
         ):
             if found := re.fullmatch(pattern, path):
                 return self.send(200, handle(body, *found.groups()))
@@ -117,6 +119,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.blobs[value["oid"]]
         return {"success": True, "commitUrl": f"{self.server.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+
+    def tree(self, body: bytes, name: str) -> list[dict[str, Any]]:
+        files = self.server.files.get(name, {})
+        return [{"type": "file", "path": path, "size": len(data), "oid": COMMIT} for path, data in files.items()]
 
     def resolve(self, method: str, name: str, path: str) -> None:
         content = self.server.files.get(name, {}).get(path)

@@ -1,6 +1,5 @@
 """Filters by name: the guide's, a user's own, and what is refused before anything is loaded."""
 
-import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -104,7 +103,7 @@ def test_a_trial_call_gives_the_size_of_the_control():
         ),
         ("SRPixelFilter", {"radius": 1}, r"'radius' is unknown to SRPixelFilter; .*known: scale_factor"),
         ("SREffnetFilter", {"encode": 1}, r"holds 'encode', which SREffnetFilter is given by the program"),
-        ("CannyFilter", {"resize": "224"}, r"resize is '224'; allowed: a whole number from 8 or null"),
+        ("CannyFilter", {"resize": "224"}, r"resize is '224'; allowed: a whole number from 8 to 8192 or null"),
         ("CannyFilter", {"low": 300}, r"high is 200; allowed: a number in \[300"),
         ("InpaintFilter", {"thresold": [0.4, 0.04]}, r"threshold is \[0.4, 0.04\]; allowed: \[low, high\]"),
         ("InpaintFilter", {"thresold": [0.1, 0.2], "threshold": [0.1, 0.2]}, r"threshold and thresold"),
@@ -277,9 +276,8 @@ def test_a_processor_that_returns_no_picture_is_refused():
 
 def test_the_documented_filter_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "controls.md").read_text(encoding="utf-8")
-    start = page.index("    # my_filters.py")
-    code = "".join(itertools.takewhile(lambda line: line[:4].strip() == "", page[start:].splitlines(keepends=True)))
-    (tmp_path / "my_filters.py").write_text(textwrap.dedent(code))
+    start = page.index("# my_filters.py")
+    (tmp_path / "my_filters.py").write_text(page[start : page.index("```", start)])
     monkeypatch.syspath_prepend(tmp_path)
     control_filter = make_filter("my_filters:PosterFilter", {"levels": [2, 4]})
     assert check_filter(control_filter) == (64, 64)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from stable_cascade.data.crops import SMART_SHARE, crop_to
 from stable_cascade.data.decoding import fit_picture
-from stable_cascade.data.images import decode_image, image_size, resize_to_cover
+from stable_cascade.data.images import decode_image, decode_stored, image_size, resize_to, resize_to_cover
 from tests.making_shards import encoded, picture, undecodable
 
 WIDTH, HEIGHT = 24, 16
@@ -127,11 +127,20 @@ def test_large_jpeg_is_decoded_small_and_upright():
     exif[0x0112] = 6
     data = encoded(large.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
     assert image_size(data) == (WIDTH * 40, HEIGHT * 40)
-    small = decode_image(data, at_least=(HEIGHT * 5, WIDTH * 5))
+    small = decode_stored(data, at_least=(HEIGHT * 5 + 1, WIDTH * 5))
     assert small.shape == (3, HEIGHT * 10, WIDTH * 10)
+    assert decode_stored(data, at_least=(HEIGHT * 5, WIDTH * 5)).shape == (3, HEIGHT * 5, WIDTH * 5)
     size = (HEIGHT * 5, WIDTH * 5)
     exact = resize_to_cover(decode_image(data), size)
     assert (fit_picture(data, size, "center", 0) - exact).abs().mean() < 0.01
+
+
+def test_bytes_are_resized_as_floats_are():
+    stored = decode_stored(picture(300, 200, seed=3))
+    assert stored.dtype == torch.uint8
+    exact = resize_to(stored / 255, (90, 120))
+    assert (resize_to(stored, (90, 120)) / 255 - exact).abs().max() <= 1.01 / 255  # rounded after each of two passes
+    assert torch.equal(resize_to(stored, (200, 300)), stored)
 
 
 def test_crops():

@@ -39,6 +39,7 @@ LAYERS = {
 }
 # These files lie in one folder, the package's own; only in this direction, so that no circle arises.
 SAME_FOLDER = {
+    ("cli", "app"),  # the command that starts the page
     ("previews", "factory"),
     ("plan", "factory"),
     ("estimate", "factory"),

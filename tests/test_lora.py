@@ -232,7 +232,7 @@ def refusals():
     yield "lora_dropout 1.5", lambda prior, _: add_lora(prior, module_filters=[".attn"], rank=2, lora_dropout=1.5)
     yield "does not exist", lambda prior, path: load_lora(prior, path / "missing.safetensors")
     yield "no known format", lambda prior, _: load_lora(prior, {"something.else": torch.zeros(1)})
-    text_only = {"text_encoder.a.lora_A.weight": torch.zeros(1, 2)}
+    text_only = {f"text_encoder.a.lora_{factor}.weight": torch.zeros(1, 1) for factor in "AB"}
     yield "nothing for the prior", lambda prior, _: load_lora(prior, text_only)
     yield (
         "lacks; nearest",

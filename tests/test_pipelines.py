@@ -20,39 +20,17 @@ from stable_cascade import (
 from stable_cascade.adapters import add_learned_tokens, add_lora, save_lora
 from stable_cascade.models.text import encode_prompts
 from tests.tiny_cascade import MULTIPLE, tiny_parts
-
-FAST = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "pt"}
-PARTS = tiny_parts()
-DECODER_PARTS = ("decoder", "tokenizer", "text_encoder", "scheduler", "vqgan")
-
-
-def seeds(*numbers):
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def cascade(**parts) -> StableCascadePipeline:
-    return quiet(StableCascadePipeline(**{**PARTS, **parts}, resolution_multiple=MULTIPLE))
-
-
-def prior_pipeline() -> StableCascadePriorPipeline:
-    names = ("tokenizer", "text_encoder", "prior", "image_encoder")
-    parts = {name: PARTS[name] for name in names} | {"scheduler": PARTS["prior_scheduler"]}
-    return quiet(StableCascadePriorPipeline(**parts, resolution_multiple=MULTIPLE))
-
-
-def decoder_pipeline() -> StableCascadeDecoderPipeline:
-    parts = {name: PARTS[name] for name in DECODER_PARTS}
-    return quiet(StableCascadeDecoderPipeline(**parts, resolution_multiple=MULTIPLE))
-
-
-def reconstruction_pipeline() -> StableCascadeReconstructionPipeline:
-    parts = {name: PARTS[name] for name in (*DECODER_PARTS, "semantic_encoder", "previewer")}
-    return quiet(StableCascadeReconstructionPipeline(**parts, resolution_multiple=MULTIPLE))
+from tests.tiny_pipelines import (
+    DECODER_PARTS,
+    FAST,
+    PARTS,
+    cascade,
+    decoder_pipeline,
+    prior_pipeline,
+    quiet,
+    reconstruction_pipeline,
+    seeds,
+)
 
 
 @pytest.fixture(scope="module")

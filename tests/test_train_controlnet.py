@@ -16,7 +16,7 @@ from stable_cascade.diffusion.guidance import guide
 from stable_cascade.formats.controlnet import read_description
 from stable_cascade.models.controlnet import RELEASED_BLOCKS
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
-from stable_cascade.pipelines.sampling import Settings, Text, sample_semantic
+from stable_cascade.pipelines.sampling import Control, Settings, Text, sample_semantic
 from stable_cascade.plan import plan_training
 from stable_cascade.schedulers import StableCascadeScheduler
 from stable_cascade.training.loop import train as train_loop
@@ -231,7 +231,7 @@ def test_both_halves_of_a_guided_batch_are_controlled_alike(tmp_path, cascade):
     text = Text(hidden[:2], pooled[:2], hidden[2:], pooled[2:])
     generator = torch.Generator().manual_seed(2)
     drawn = sample_semantic(prior, scheduler, noise, text, None, Settings(1, 3.0), generator=generator,
-                            progress=quiet, control=residuals)  # fmt: skip
+                            progress=quiet, control=[Control(residuals)])  # fmt: skip
     time = scheduler.timesteps[0]
     ratio = scheduler.noise_condition(time).expand(2)
     halves = [
@@ -257,20 +257,22 @@ def test_prior_pipeline_takes_a_controlnet(tmp_path, cascade):
                         num_images_per_prompt=count // 2, **control).image_embeddings  # fmt: skip
 
     plain = latents()
-    assert torch.equal(latents(controlnet=controlnet, control_image=image), plain)
+    with pytest.raises(ValueError, match="control_image needs a controlnet"):
+        latents(control_image=image)
+    pipeline.register_modules(controlnet=controlnet)
+    assert torch.equal(latents(), plain)
+    assert torch.equal(latents(control_image=image), plain)
     awake(controlnet)
-    controlled = latents(controlnet=controlnet, control_image=image)
+    controlled = latents(control_image=image)
     assert (controlled - plain).abs().max() > 0.01
-    assert torch.equal(latents(controlnet=controlnet, control_image=image, controlnet_conditioning_scale=0.0), plain)
-    one = latents(controlnet=controlnet, control_image=image[:1])
+    assert torch.equal(latents(control_image=image, controlnet_conditioning_scale=0.0), plain)
+    one = latents(control_image=image[:1])
     torch.testing.assert_close(one[0], controlled[0], atol=1e-3, rtol=1e-3)
     assert (one[1] - controlled[1]).abs().max() > 0.01
-    pairs = latents(4, controlnet=controlnet, control_image=image)
+    pairs = latents(4, control_image=image)
     torch.testing.assert_close(pairs[::2], controlled, atol=1e-3, rtol=1e-3)
-    with pytest.raises(ValueError, match="controlnet and control_image belong together"):
-        latents(controlnet=controlnet)
     with pytest.raises(ValueError, match="control_image has 3 rows for 2 images"):
-        latents(controlnet=controlnet, control_image=torch.zeros(3, 1, 32, 32))
+        latents(control_image=torch.zeros(3, 1, 32, 32))
 
 
 def test_edge_f1_of_shifted_edges():

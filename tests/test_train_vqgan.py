@@ -34,7 +34,7 @@ SHORT = {
     "discriminator_channels": 4, "adversarial_start": 2, "revive_every": 2, "adversarial_weight": 0.1,
     "num_preview_images": 2,
 }  # fmt: skip
-SPLIT = {"adam_epsilon": 1e-5, "max_grad_norm": None, "lr": 3e-4}
+SPLIT = {"adam_epsilon": 1e-4, "max_grad_norm": None, "lr": 3e-4}
 """Some gradients are zero but for rounding, which Adam without this would blow up to a step's size."""
 
 

@@ -22,7 +22,7 @@ from measures import read_mosaic, write_sheet
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-SIDE, TRAINED = 64, 48
+SIDE = 64
 
 
 def edge_f1(drawn: Tensor, wanted: Tensor, tolerance: int) -> Tensor:
@@ -36,18 +36,15 @@ def edge_f1(drawn: Tensor, wanted: Tensor, tolerance: int) -> Tensor:
     return 2 * precision * recall / (precision + recall).clamp_min(1e-9)
 
 
-def load_pipelines(arguments: argparse.Namespace):
-    """Stage C's pipeline and that of Stages B and A, in float32, without progress bars."""
-    import stable_cascade
+def load_pipeline(arguments: argparse.Namespace, controlnet):
+    """The cascade with the ControlNet, in float32, without progress bars."""
+    from stable_cascade import StableCascadePipeline
     from stable_cascade.embedded import embedded_path
 
     folder = arguments.model or embedded_path()
-    pipelines = []
-    for name in ("StableCascadePriorPipeline", "StableCascadeDecoderPipeline"):
-        pipeline = getattr(stable_cascade, name).from_pretrained(folder, torch_dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        pipelines.append(pipeline)
-    return pipelines
+    pipeline = StableCascadePipeline.from_pretrained(folder, torch_dtype=torch.float32, controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_control(folder: Path):
@@ -61,33 +58,24 @@ def load_control(folder: Path):
     return controlnet, make_filter(known["filter"], known["filter_params"])
 
 
-def generate(pipelines, captions: list[str], arguments: argparse.Namespace, **control) -> Tensor:
+def generate(pipeline, captions: list[str], arguments: argparse.Namespace, images: Tensor | None = None) -> Tensor:
     """Pictures for the captions; picture i has the seed `--seed` + i, with and without control.
 
     Shapes: control images (B, c, H, W) -> (B, 3, 64, 64) in [0, 1].
     """
-    prior, decoder = pipelines
-    images = control.pop("control_image", None)
     parts = []
     for start in range(0, len(captions), arguments.batch_size):
         rows = slice(start, start + arguments.batch_size)
         generators = [torch.Generator().manual_seed(arguments.seed + start + i) for i in range(len(captions[rows]))]
-        given = {} if images is None else {"control_image": images[rows], **control}
-        latents = prior(
+        drawn = pipeline(
             prompt=captions[rows],
             height=SIDE,
             width=SIDE,
-            num_inference_steps=arguments.prior_steps,
-            guidance_scale=arguments.prior_guidance_scale,
-            generator=generators,
-            **given,
-        ).image_embeddings
-        drawn = decoder(
-            latents,
-            prompt=captions[rows],
-            height=SIDE,
-            width=SIDE,
+            prior_num_inference_steps=arguments.prior_steps,
+            prior_guidance_scale=arguments.prior_guidance_scale,
             num_inference_steps=arguments.steps,
+            control_image=None if images is None else images[rows],
+            controlnet_conditioning_scale=arguments.scale,
             generator=generators,
             output_type="pt",
         ).images
@@ -116,19 +104,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     _, captions, pictures = read_mosaic(arguments.pictures, side=SIDE)
     captions, pictures = captions[: arguments.count], pictures[: arguments.count]
     controlnet, control_filter = load_control(arguments.controlnet)
-    pipelines = load_pipelines(arguments)
+    pipeline = load_pipeline(arguments, controlnet)
     canny = make_filter("CannyFilter", {"resize": SIDE})
+    # At the size of the training pictures: a latent stands for 8 px there, and for 10.67 px of what is drawn.
+    seen = F.interpolate(pictures, size=pipeline.control_size(SIDE, SIDE), mode="bilinear", antialias=True)
     drawn = {
-        "uncontrolled": generate(pipelines, captions, arguments),
-        "controlled": generate(
-            pipelines,
-            captions,
-            arguments,
-            # At the size of the training pictures: a latent stands for 8 px there, and for 10.67 px of what is drawn.
-            control_image=control_filter(F.interpolate(pictures, size=TRAINED, mode="bilinear", antialias=True)),
-            controlnet=controlnet,
-            controlnet_conditioning_scale=arguments.scale,
-        ),
+        "uncontrolled": generate(pipeline, captions, arguments),
+        "controlled": generate(pipeline, captions, arguments, control_filter(seen)),
     }
     drawn["rebuilt"] = rebuild(pictures, arguments).float().clamp(0, 1)
     wanted = canny(pictures)

@@ -12,6 +12,7 @@ _EXPORTS = {
     "add_learned_tokens": "tokens",
     "add_lora": "lora",
     "add_token_rows": "tokens",
+    "convert_lora": "conversion",
     "layer_shapes": "layers",
     "load_lora": "loading",
     "lora_path": "loading",
@@ -33,6 +34,7 @@ __all__ = [
     "add_learned_tokens",
     "add_lora",
     "add_token_rows",
+    "convert_lora",
     "layer_shapes",
     "load_lora",
     "lora_path",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .conversion import convert_lora
     from .layers import layer_shapes, lora_ranks
     from .loaders import StableCascadeLoraLoaderMixin
     from .loading import load_lora, lora_path, read_lora

@@ -12,24 +12,26 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
 from torch import Tensor, nn
 
-from stable_cascade.formats import lora as files
+from stable_cascade.formats.lora import Part
 
-from .layers import tuner_layers
-from .loading import LoraFile, load_part, lora_path, read_lora
+from .bundled_tokens import usable_rows
+from .hotswap import check_swap, swap
+from .layers import carrying, take_out, tuner_layers
+from .loading import LoraFile, fitting_part, load_part
 from .lora import remove_lora
+from .onetrainer_layers import check_fusable
+from .places import Source, from_hub, read_with_tokens
 from .quantized import QuantizedLinear
-from .tokens import EMBEDS_NAME, add_token_rows, read_learned_embeds, restart_rows
-
-Source = str | os.PathLike | Mapping[str, Tensor]
+from .tokens import EMBEDS_NAME, add_token_rows, read_learned_embeds
 
 
 class StableCascadeLoraLoaderMixin(LoraBaseMixin):
-    """LoRA methods for pipelines with a `prior`, a `text_encoder`, or both.
+    """LoRA methods for pipelines with a `prior`, a `decoder`, a `text_encoder`, or several of them.
 
     As everywhere in diffusers, the adapter loaded last is the active one; `set_adapters` mixes several.
     """
 
-    _lora_loadable_modules = ["prior", "text_encoder"]
+    _lora_loadable_modules = ["prior", "decoder", "text_encoder"]
     unet_name = "prior"
     text_encoder_name = "text_encoder"
     # A pipeline's registered components and methods.
@@ -45,35 +47,38 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         *,
         weight: float = 1.0,
         weight_name: str | None = None,
+        hotswap: bool = False,
         module_filters: Sequence[str] | None = None,
         train_tokens: Sequence[Sequence[str | None]] | None = None,
         **hub: Any,
     ) -> None:
-        """Loads a LoRA in any known format, with the learned tokens beside it.
+        """Loads a LoRA in any known format, with the learned tokens in it and beside it; all of it or nothing.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder, a Hub name or a state dict.
             weight: how strongly the LoRA acts.
             weight_name: the file in a folder that holds several.
+            hotswap: put it in place of the loaded adapter `adapter_name`, layer by layer and tensor by tensor. Higher
+                ranks need `enable_lora_hotswap(target_rank=…)` before the first one is loaded.
             module_filters, train_tokens: of the training, for the original's files, which do not store them.
             **hub: revision, token, cache_dir and so on, for a Hub name.
 
         Raises:
             ValueError: unknown format, trained for another model size, or nothing in it for this pipeline.
+
         """
-        file, embeds = _located(pretrained_model_name_or_path_or_dict, weight_name, hub)
-        lora = None if file is None else read_lora(file)
-        if lora is None and embeds is None:
-            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' has neither a LoRA nor {EMBEDS_NAME}")
+        lora = read_with_tokens(pretrained_model_name_or_path_or_dict, weight_name, hub)
         restore = self._without_offloading()
-        if embeds is not None:
-            self._add_tokens(read_learned_embeds(embeds))
-        if lora is not None:
-            self._load_parts(lora, adapter_name, weight, module_filters)
-            if lora.token_deltas:
-                rows = restart_rows(self.tokenizer, self.text_encoder, lora.token_deltas, train_tokens)
+        try:
+            rows = usable_rows(self, lora, train_tokens)
+            if lora.parts and hotswap:
+                self._swap_parts(lora, adapter_name, weight, module_filters)
+            elif lora.parts:
+                self._load_parts(lora, adapter_name, weight, module_filters)
+            if rows:
                 self._add_tokens(rows)
-        restore()
+        finally:
+            restore()
 
     def load_textual_inversion(
         self,
@@ -89,7 +94,7 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         else:
             path = Path(pretrained_model_name_or_path)
             if not path.exists():
-                path = _from_hub(str(pretrained_model_name_or_path), weight_name, hub)
+                path = from_hub(str(pretrained_model_name_or_path), weight_name, hub)
             embeds = read_learned_embeds(path / weight_name if path.is_dir() else path, token)
         self._add_tokens(embeds)
 
@@ -97,11 +102,16 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
     def lora_state_dict(  # type: ignore[override]
         cls, pretrained_model_name_or_path_or_dict: Source, *, weight_name: str | None = None, **hub: Any
     ) -> dict[str, Tensor]:
-        """A LoRA's tensors with their component's prefix, as PEFT's keys unless the original wrote the file."""
-        file, _ = _located(pretrained_model_name_or_path_or_dict, weight_name, hub)
-        if file is None:
-            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' has no LoRA, only {EMBEDS_NAME}")
-        return files.join_components(read_lora(file).parts)
+        """A LoRA's tensors under PEFT's keys with their component's prefix, and `.alpha` where the scale is not 1.
+
+        Names that only a network explains (flattened, numbered) are those of the released or the embedded one.
+        """
+        from .conversion import peft_state_dict
+
+        lora = read_with_tokens(pretrained_model_name_or_path_or_dict, weight_name, hub)
+        if not lora.parts:
+            raise ValueError(f"'{pretrained_model_name_or_path_or_dict}' has no LoRA, only learned tokens")
+        return peft_state_dict(lora)
 
     @classmethod
     def save_lora_weights(  # type: ignore[override]
@@ -114,15 +124,24 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         weight_name: str | None = None,
         save_function: Callable | None = None,
         safe_serialization: bool = True,
+        decoder_lora_layers: Mapping[str, Any] | None = None,
         prior_lora_adapter_metadata: dict[str, Any] | None = None,
+        decoder_lora_adapter_metadata: dict[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
         """Writes state dicts in PEFT's layout to one file; `save_lora` does it from the networks themselves."""
-        layers = {"prior": prior_lora_layers, "text_encoder": text_encoder_lora_layers}
+        layers = {
+            "prior": prior_lora_layers, "decoder": decoder_lora_layers, "text_encoder": text_encoder_lora_layers,
+        }  # fmt: skip
         given = {component: values for component, values in layers.items() if values}
         if not given:
-            raise ValueError("nothing to save: give prior_lora_layers or text_encoder_lora_layers")
-        metadata = {"prior": prior_lora_adapter_metadata, "text_encoder": text_encoder_lora_adapter_metadata}
+            raise ValueError(
+                "nothing to save: give prior_lora_layers, decoder_lora_layers or text_encoder_lora_layers"
+            )
+        metadata = {
+            "prior": prior_lora_adapter_metadata, "decoder": decoder_lora_adapter_metadata,
+            "text_encoder": text_encoder_lora_adapter_metadata,
+        }  # fmt: skip
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers=given,  # type: ignore[arg-type]
@@ -132,6 +151,22 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
             save_function=save_function,  # type: ignore[arg-type]
             safe_serialization=safe_serialization,
         )
+
+    def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
+        """Makes these adapters the active ones, each with its weight.
+
+        Args:
+            adapter_weights: a number, or component -> number, for all of them; or a list with one for each.
+
+        Raises:
+            ValueError: there is no such adapter, or a weight is for none of the components.
+        """
+        for weights in adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]:
+            odd = next((key for key in weights if key not in self._lora_loadable_modules), None) \
+                if isinstance(weights, dict) else None  # fmt: skip
+            if odd is not None:
+                raise ValueError(f"set_adapters: {odd!r} is none of {', '.join(self._lora_loadable_modules)}")
+        super().set_adapters(adapter_names, adapter_weights)
 
     def fuse_lora(
         self,
@@ -151,6 +186,7 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         quantized = next((layer for layer in layers if isinstance(layer.get_base_layer(), QuantizedLinear)), None)
         if quantized is not None:
             quantized.merge()  # says why it cannot, before anything is kept aside
+        check_fusable(layers, adapter_names)
         kept = self.__dict__.setdefault("_before_fusing", {})
         for component in components:
             for name, layer in _layers(getattr(self, component, None)):
@@ -192,16 +228,21 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
                 if hasattr(module, "config"):
                     module.config.vocab_size = len(weight)
 
-    def _load_parts(
-        self, lora: LoraFile, adapter_name: str | None, weight: float, module_filters: Sequence[str] | None
-    ) -> None:
-        """Loads each component's part; all or nothing, so that a misfit leaves no half of it behind."""
+    def _models_for(self, lora: LoraFile) -> dict[str, Any]:
+        """Component -> network, of those that the file has parts for and this pipeline has."""
         models = {component: getattr(self, component, None) for component in lora.parts}
         models = {component: model for component, model in models.items() if model is not None}
         if not models:
             raise ValueError(
                 f"'{lora.name}' has {', '.join(sorted(lora.parts))}; this {type(self).__name__} has none of them"
             )
+        return models
+
+    def _load_parts(
+        self, lora: LoraFile, adapter_name: str | None, weight: float, module_filters: Sequence[str] | None
+    ) -> None:
+        """Loads each component's part; all or nothing, so that a misfit leaves no half of it behind."""
+        models = self._models_for(lora)
         adapter_name = adapter_name or self._free_name()
         loaded: list[Any] = []
         try:
@@ -210,9 +251,31 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
                 loaded.append(model)
         except ValueError:
             for model in loaded:
-                delete = model.delete_adapter if hasattr(model, "delete_adapter") else model.delete_adapters
-                delete(adapter_name)
+                take_out(model, adapter_name)
             raise
+
+    def _swap_parts(
+        self, lora: LoraFile, adapter_name: str | None, weight: float, module_filters: Sequence[str] | None
+    ) -> None:
+        """Puts each component's part in place of a loaded adapter; what of the adapter the file lacks becomes 0."""
+        loaded = {name for names in self.get_list_adapters().values() for name in names}
+        if adapter_name is None or adapter_name not in loaded:
+            raise ValueError(
+                f"hotswap needs the adapter_name of a loaded LoRA, not {adapter_name!r}; loaded: "
+                f"{', '.join(sorted(loaded)) or 'none'}"
+            )
+        models = self._models_for(lora)
+        parts = {}
+        for component, model in models.items():
+            parts[component] = fitting_part(model, lora, component, module_filters)
+            check_swap(model, parts[component], adapter_name, lora.name)
+        for component in self._lora_loadable_modules:
+            model = getattr(self, component, None)
+            if model is not None and component not in parts and carrying(model, adapter_name):
+                parts[component] = Part({}, {})
+                check_swap(model, parts[component], adapter_name, lora.name)
+        for component, part in parts.items():
+            swap(getattr(self, component), part, adapter_name, weight)
 
     def _free_name(self) -> str:
         used = {name for names in self.get_list_adapters().values() for name in names}
@@ -240,34 +303,3 @@ def _layers(model: nn.Module | None) -> list[tuple[str, Any]]:
         return []
     wanted = {id(layer) for layer in tuner_layers(model)}
     return [(name, module) for name, module in model.named_modules() if id(module) in wanted]
-
-
-def _located(
-    source: Source, weight_name: str | None, hub: Mapping[str, Any]
-) -> tuple[Path | Mapping[str, Tensor] | None, Path | None]:
-    """The LoRA (file or state dict) and the learned tokens' file that a name means; None for what is not there."""
-    if isinstance(source, Mapping):
-        return source, None
-    path = Path(source)
-    if not path.exists() and str(source).count("/") == 1 and not path.suffix:
-        embeds = _from_hub(str(source), EMBEDS_NAME, hub, missing_ok=True)
-        file = _from_hub(str(source), weight_name or files.WEIGHT_NAME, hub, missing_ok=embeds is not None)
-        return file, embeds
-    beside = (path if path.is_dir() else path.parent) / EMBEDS_NAME
-    only_tokens = path.is_dir() and beside.exists() and len(list(path.glob("*.safetensors"))) == 1
-    if only_tokens or path.name == EMBEDS_NAME:
-        return None, beside
-    embeds = beside if beside.exists() and (path.is_dir() or path.name == files.WEIGHT_NAME) else None
-    return lora_path(path, weight_name), embeds
-
-
-def _from_hub(name: str, file: str, hub: Mapping[str, Any], *, missing_ok: bool = False) -> Any:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, file, **hub))
-    except EntryNotFoundError:
-        if missing_ok:
-            return None
-        raise ValueError(f"'{name}' has no file {file}; name the LoRA with weight_name") from None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,14 @@ import torch
 from torch import Tensor
 
 from stable_cascade.formats import lora as files
+from stable_cascade.formats.lora import LoraFile as LoraFile  # what `read_lora` returns
+from stable_cascade.formats.lora import Part
+from stable_cascade.formats.lora.metadata import config_of
+from stable_cascade.wording import brief, quoted
 
-from .layers import component_of, inject, layer_shapes, tuner_layers
+from .hotswap import make_room
+from .layers import component_of, inject, layer_shapes, take_out, tuner_layers
 from .tokens import EMBEDS_NAME
-
-logger = logging.getLogger(__name__)
 
 
 def load_lora(
@@ -32,6 +32,7 @@ def load_lora(
     """Names of the layers that a LoRA file, folder or state dict updates in this network; it is active afterwards.
 
     Args:
+        path: of any format in `formats.lora.FORMATS` and `formats.lora.READ_ONLY`, told by its keys.
         weight: how strongly the update acts, 0 for not at all.
         module_filters: of the training, for the original's files only, which do not store them.
 
@@ -44,29 +45,9 @@ def load_lora(
     return load_part(model, lora, component, adapter_name, weight, module_filters=module_filters)
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as read: tensors by component, LoraConfig values by component, and what was read, for errors."""
-
-    name: str
-    layout: str
-    parts: dict[str, dict[str, Tensor]]
-    metadata: dict[str, dict[str, Any]]
-    token_deltas: dict[int, Tensor]
-
-
 def read_lora(path: str | Path | Mapping[str, Tensor]) -> LoraFile:
     """The contents of a LoRA file, of a folder with one, or of a state dict."""
-    if isinstance(path, Mapping):
-        name, state_dict, header = "state dict", dict(path), None
-    else:
-        file = lora_path(path)
-        name, (state_dict, header) = str(file), _read(file)
-    layout = files.layout(state_dict)
-    if layout == "original":
-        weights = {key: value for key, value in state_dict.items() if key.startswith("weights.")}
-        return LoraFile(name, layout, {"prior": weights}, {}, files.original_tokens(state_dict))
-    return LoraFile(name, layout, files.split_components(state_dict), files.read_metadata(header), {})
+    return files.read(path if isinstance(path, Mapping) else lora_path(path))
 
 
 def load_part(
@@ -79,25 +60,60 @@ def load_part(
     module_filters: Sequence[str] | None = None,
 ) -> list[str]:
     """Puts one component's part of a read LoRA into its network; the names of the updated layers."""
-    from peft import set_peft_model_state_dict
-
-    if component not in lora.parts:
-        raise ValueError(f"'{lora.name}' has nothing for the {component}; it has {', '.join(sorted(lora.parts))}")
-    state_dict, metadata = lora.parts[component], lora.metadata.get(component, {})
-    shapes = layer_shapes(model)
-    if lora.layout == "original":
-        _same_width(lora.name, component, state_dict["weights.0.lora_down"].shape[1], shapes)
-        state_dict = files.from_original_lora(state_dict, shapes, module_filters)
-        metadata = {"lora_alpha": 1}
-    _fits(lora.name, component, state_dict, shapes)
-    config = _config_of(state_dict, metadata)
-    inject(model, config, adapter_name)
-    result: Any = set_peft_model_state_dict(model, state_dict, adapter_name)
-    if result.unexpected_keys:
-        raise ValueError(f"'{lora.name}' has keys that no layer takes: {result.unexpected_keys[0]}")
+    part = fitting_part(model, lora, component, module_filters)
+    if adapter_name not in getattr(model, "peft_config", {}):
+        config = lora_config(part)
+    else:
+        raise ValueError(
+            f"adapter_name '{adapter_name}' is in use ({', '.join(model.peft_config)}); choose another, delete it "
+            "first, or give hotswap=True"
+        )
+    try:
+        inject(model, config, adapter_name)
+        fill(model, part, adapter_name)
+    except (RuntimeError, ValueError) as problem:
+        take_out(model, adapter_name)
+        raise ValueError(f"{quoted(lora.name)} does not go into this {component}: {brief(problem, 300)}") from None
     for layer in tuner_layers(model):
         layer.set_scale(adapter_name, weight)
-    return sorted({key.partition(".lora_A.")[0] for key in state_dict if ".lora_A." in key})
+    make_room(model, adapter_name)
+    return sorted(part.layers)
+
+
+def fill(model: Any, part: Part, adapter_name: str) -> None:
+    """Puts an update's values into an adapter that is there.
+
+    Raises:
+        ValueError: there is a value that no layer takes.
+    """
+    from peft import set_peft_model_state_dict
+
+    from .onetrainer_layers import add_input_magnitude
+
+    values = {key: value for key, value in part.tensors.items() if not key.endswith(".dora_scale")}
+    result: Any = set_peft_model_state_dict(model, values, adapter_name)
+    if result.unexpected_keys:
+        raise ValueError(f"no layer takes {result.unexpected_keys[0]}")
+    for key in part.tensors.keys() - values.keys():
+        layer = model.get_submodule(key.removesuffix(".dora_scale"))
+        add_input_magnitude(layer, adapter_name, part.tensors[key])
+
+
+def fitting_part(model: Any, lora: LoraFile, component: str, module_filters: Sequence[str] | None = None) -> Part:
+    """A component's update under the names of this network.
+
+    Raises:
+        ValueError: it does not fit, naming both sizes where it was trained for another; or PEFT cannot run it.
+    """
+    shapes = layer_shapes(model)
+    try:
+        part = lora.part(component, shapes, module_filters)
+    except ValueError:
+        if component in lora.parts:
+            _same_width(lora, component, shapes)
+        raise
+    _runs(lora.name, part, shapes)
+    return part
 
 
 def lora_path(path: str | Path, weight_name: str | None = None) -> Path:
@@ -121,93 +137,74 @@ def lora_path(path: str | Path, weight_name: str | None = None) -> Path:
     return file
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    from safetensors import SafetensorError, safe_open
-
-    if file.suffix != ".safetensors":
-        logger.warning("'%s' is a pickle file; reading tensors only, convert it to safetensors", file)
-        return torch.load(file, map_location="cpu", weights_only=True), None
-    try:
-        with safe_open(file, "pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata()
-    except SafetensorError as problem:
-        raise ValueError(f"LoRA '{file}' is not a safetensors file: {problem}") from None
-
-
-def _config_of(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Any:
-    """The LoraConfig of a state dict: ranks from the tensors, the rest from the metadata where there is any."""
+def lora_config(part: Part) -> Any:
+    """The LoraConfig of an update: what came with the file where it says the same, else from ranks and alphas."""
     from peft import LoraConfig
 
-    ranks = {key.partition(".lora_A.")[0]: len(value) for key, value in state_dict.items() if ".lora_A." in key}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{name}": value for name, value in ranks.items() if value != rank}
-    kept = {key: metadata[key] for key in ("use_rslora", "lora_bias", "lora_dropout") if key in metadata}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=metadata.get("lora_alpha", rank),
-        rank_pattern=pattern,
-        # A file without metadata is scaled by 1 in every layer, whatever its rank.
-        alpha_pattern=metadata.get("alpha_pattern", {} if "lora_alpha" in metadata else pattern),
-        use_dora=any(".lora_magnitude_vector" in key for key in state_dict),
-        target_modules=sorted(ranks),
-        **kept,
-    )
+    use_dora = any(".lora_magnitude_vector" in key for key in part.tensors)
+    values = config_of(part.ranks, part.alphas, use_dora=use_dora)
+    if part.keeps_config:
+        kept = ("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
+        values |= {key: part.config[key] for key in kept if part.config.get(key) is not None}
+    if any(key.endswith(".lora_B.bias") for key in part.tensors):
+        values["lora_bias"] = True
+    return LoraConfig(**values)
 
 
-def lora_scales(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, float]:
-    """How strongly a file's update of each layer acts, alpha / rank, by the layer's name."""
-    from peft.utils.other import get_pattern_key
+def _runs(name: str, part: Part, shapes: Mapping[str, torch.Size]) -> None:
+    """Passes when PEFT can run an update as it is.
 
-    config, scales = _config_of(state_dict, metadata), {}
-    for key, value in state_dict.items():
-        name, found, _ = key.partition(".lora_A.")
-        if found:
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-            scales[name] = alpha / (len(value) ** 0.5 if config.use_rslora else len(value))
-    return scales
-
-
-def _fits(name: str, component: str, state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Raises unless every pair of factors has a layer of its shape."""
-    for key, down in state_dict.items():
-        layer, found, tail = key.partition(".lora_A.")
-        if not found:
-            continue
-        if layer not in shapes:
-            nearest = difflib.get_close_matches(layer, list(shapes), n=1, cutoff=0)
-            raise ValueError(f"'{name}' updates '{layer}', which this {component} lacks; nearest: {nearest[0]!r}")
-        up = state_dict.get(f"{layer}.lora_B.{tail}")
-        if up is None:
-            raise ValueError(f"'{name}' has '{key}' but not its lora_B")
-        if down.shape[1] != shapes[layer][1] or up.shape[0] != shapes[layer][0]:
-            _same_width(name, component, _trained_width(state_dict), shapes)
-            raise ValueError(
-                f"'{name}' updates '{layer}' as {up.shape[0]}x{down.shape[1]}, "
-                f"this {component} has {shapes[layer][0]}x{shapes[layer][1]} there"
-            )
+    Raises:
+        ValueError: it cannot.
+    """
+    magnitudes = {key.rpartition(".")[0] for key in part.tensors if key.endswith(".lora_magnitude_vector")}
+    without = next((layer for layer in part.layers if layer not in magnitudes), None)
+    if magnitudes and without is not None:
+        raise ValueError(
+            f"{quoted(name)} has no DoRA magnitude for '{without}' and has some for others; PEFT needs all"
+        )
+    broadcast = next((layer for layer in part.layers if _is_broadcast(part, layer, shapes[layer])), None)
+    if broadcast is not None:
+        raise ValueError(
+            f"{quoted(name)} updates the depthwise convolution '{broadcast}' as the original does, one value for all "
+            "taps of a channel, which PEFT has no form for; merge it in the original and load the network"
+        )
 
 
-def _trained_width(state_dict: Mapping[str, Tensor]) -> int:
+def _is_broadcast(part: Part, layer: str, shape: torch.Size) -> bool:
+    """Whether an update of a depthwise convolution is one of each channel's own; OneTrainer's is one for all."""
+    return files.is_depthwise(shape) and len(part.tensors[f"{layer}.lora_B.weight"]) == shape[0]
+
+
+def trained_width(lora: LoraFile, component: str) -> int | None:
     """The width of the network that a LoRA was trained for: what most of its layers take."""
-    return Counter(value.shape[1] for key, value in state_dict.items() if ".lora_A." in key).most_common(1)[0][0]
+    downs = (value for key, value in lora.parts[component].items() if key.endswith((".lora_A.weight", ".lora_down")))
+    inputs = Counter(down.shape[1] for down in downs if down.ndim > 1)
+    return inputs.most_common(1)[0][0] if inputs else None
 
 
-def _same_width(name: str, component: str, trained: int, shapes: Mapping[str, torch.Size]) -> None:
+def _same_width(lora: LoraFile, component: str, shapes: Mapping[str, torch.Size]) -> None:
     """Raises, naming both model sizes, when no layer of the network takes the LoRA's width."""
-    if any(shape[1] == trained for shape in shapes.values()):
+    trained = trained_width(lora, component)
+    if trained is None or any(shape[1] == trained for shape in shapes.values()):
         return
     own = Counter(shape[1] for layer, shape in shapes.items() if ".attention." in layer or "attn" in layer)
     width = own.most_common(1)[0][0] if own else "another"
     raise ValueError(
-        f"'{name}' was trained for a {component} of width {trained}{_size(component, trained)}; "
+        f"{quoted(lora.name)} was trained for a {component} of width {trained}{_size(component, trained)}; "
         f"this one has width {width}{_size(component, width)}"
     )
+
+
+_TEXT_WIDTHS = {1280: "ViT-bigG/14, the released one", 128: "embedded"}
 
 
 def _size(component: str, width: Any) -> str:
     """` (1B)` for the released size with this width, nothing for others."""
     from stable_cascade.models.presets import PRESETS
 
+    if component == "text_encoder" and width in _TEXT_WIDTHS:
+        return f" ({_TEXT_WIDTHS[width]})"
     for version, preset in PRESETS.get(component, {}).items():
         if width in preset.get("block_out_channels", ()):
             return f" ({version})"

@@ -84,13 +84,22 @@ def lora_state_dict(
 
     Args:
         overrides: parameter name -> values to use instead of the live ones (an average of them, for example).
+
+    Raises:
+        ValueError: it came from OneTrainer and is of a kind that PEFT does not know.
     """
     from peft import get_peft_model_state_dict
+
+    from .onetrainer_layers import MAGNITUDE
 
     live = {**model.state_dict(), **(overrides or {})} if overrides else None
     state_dict = get_peft_model_state_dict(
         model, state_dict=live, adapter_name=adapter_name, save_embedding_layers=False
     )
+    if any(MAGNITUDE in key for key in state_dict):
+        raise ValueError(
+            f"adapter '{adapter_name}' is a DoRA of the inputs, which PEFT's files cannot hold; convert its own file"
+        )
     return {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
 
 
@@ -100,6 +109,7 @@ def save_lora(
     text_encoder: nn.Module | None = None,
     tokens: LearnedTokens | Mapping[str, Tensor] | None = None,
     *,
+    decoder: nn.Module | None = None,
     overrides: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
 ) -> Path:
@@ -118,7 +128,7 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     replaced = files.split_components(overrides or {})
     parts, configs = {}, {}
-    for component, model in (("prior", prior), ("text_encoder", text_encoder)):
+    for component, model in (("prior", prior), ("decoder", decoder), ("text_encoder", text_encoder)):
         if adapter_name in getattr(model, "peft_config", {}):
             parts[component] = lora_state_dict(model, adapter_name, replaced.get(component))  # type: ignore[arg-type]
             configs[component] = model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, operator, index]

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stable_cascade.formats.tensor_files import read_tensors
+from stable_cascade.wording import quoted
+
 logger = logging.getLogger(__name__)
 
 EMBEDS_NAME = "learned_embeds.safetensors"
@@ -107,18 +110,27 @@ def add_token_rows(tokenizer: Any, text_encoder: Any, embeds: Mapping[str, Tenso
     Raises:
         ValueError: a row has another width than the text encoder.
     """
-    width = _table(text_encoder).shape[1]
-    for token, row in embeds.items():
-        if row.numel() != width:
-            raise ValueError(
-                f"learned token '{token}' has width {row.numel()}, this text encoder has {width}; "
-                "it was trained with another text encoder"
-            )
+    check_token_rows(text_encoder, embeds)
     tokens = _grow(tokenizer, text_encoder, list(embeds))
     weight = text_encoder.get_input_embeddings().weight
     with torch.no_grad():
         for token, index in tokens.items():
             weight[index] = embeds[token].reshape(-1).to(weight)
+
+
+def check_token_rows(text_encoder: Any, embeds: Mapping[str, Tensor]) -> None:
+    """Passes when rows are as wide as the text encoder's.
+
+    Raises:
+        ValueError: one is not.
+    """
+    width = _table(text_encoder).shape[1]
+    for token, row in embeds.items():
+        if row.numel() != width:
+            raise ValueError(
+                f"learned token {quoted(token)} has width {row.numel()}, this text encoder has {width}; "
+                "it was trained with another text encoder"
+            )
 
 
 def save_learned_embeds(directory: str | Path, embeds: Mapping[str, Tensor]) -> Path:
@@ -138,19 +150,26 @@ def read_learned_embeds(path: str | Path, token: str | None = None) -> dict[str,
         token: the name to use when the file holds one unnamed row (keys `emb_params` or `clip_g`).
 
     Raises:
-        ValueError: the row has no name and `token` gives none.
+        ValueError: the file is damaged or holds something else, or the row has no name and `token` gives none.
     """
-    from safetensors.torch import load_file
-
-    embeds = load_file(path)
-    for key in ("emb_params", "clip_g"):
-        if key in embeds:
-            if token is None:
-                raise ValueError(f"'{path}' does not name its token; pass token='[name]'")
-            return {token: embeds[key].reshape(-1, embeds[key].shape[-1])[0]}
-    if token is not None and len(embeds) == 1:
-        return {token: next(iter(embeds.values()))}
-    return embeds
+    (embeds, header), named = read_tensors(path), f"learned tokens {quoted(path)}"
+    if "clip_g_out" in embeds:
+        raise ValueError(f"{named} are output embeddings of OneTrainer, which are not used here; train without them")
+    unnamed = next((key for key in ("emb_params", "clip_g") if key in embeds), None)
+    token = token or (header.get("token") if unnamed else None)
+    if unnamed is not None and token is None:
+        raise ValueError(f"{named} do not name their token; pass token='[name]'")
+    if token is not None and (unnamed or len(embeds) == 1):
+        embeds = {token: embeds[unnamed or min(embeds)]}
+    if not embeds:
+        raise ValueError(f"{named} are none: the file is empty")
+    for name, row in embeds.items():
+        if not row.is_floating_point() or row.ndim not in (1, 2) or row.shape[:-1].numel() != 1 or not row.numel():
+            what = f"{tuple(row.shape)} {str(row.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{named} have {what} for {quoted(name)}; one row of floating-point numbers is a token")
+        if not row.float().isfinite().all():
+            raise ValueError(f"{named} have values for {quoted(name)} that are not finite; train it again")
+    return {name: row.reshape(-1) for name, row in embeds.items()}
 
 
 def restart_rows(
@@ -184,6 +203,42 @@ def restart_rows(
     for index, (name, pattern) in zip(unknown, added, strict=True):
         rows[name] = _first_value(table, vocabulary, name, pattern).float() + deltas[index]
     return rows
+
+
+def original_deltas(
+    tokenizer: Any,
+    text_encoder: Any,
+    rows: Mapping[str, Tensor],
+    train_tokens: Sequence[Sequence[str | None]] | None,
+) -> dict[int, Tensor]:
+    """Token id -> what an original LoRA file adds to that row: the reverse of `restart_rows`.
+
+    Without `train_tokens` every token is a new one that starts as zeros.
+
+    Raises:
+        ValueError: `train_tokens` leaves a token out, or a row has another width than the text encoder.
+    """
+    check_token_rows(text_encoder, rows)
+    vocabulary, table = tokenizer.get_vocab(), _table(text_encoder)
+    entries = [_checked(entry) for entry in train_tokens or [[name, None] for name in rows]]
+    deltas: dict[int, Tensor] = {}
+    free = len(vocabulary)
+    named: set[str] = set()
+    for name, pattern in entries:
+        if _is_new(name) and name not in vocabulary:
+            start, named = _first_value(table, vocabulary, name, pattern).float(), named | {name}
+            deltas[free] = rows[name].reshape(-1).float() - start if name in rows else torch.zeros_like(start)
+            free += 1
+            continue
+        for token in [name] if name in vocabulary else _existing(vocabulary, name):
+            start, named = table[vocabulary[token]].float(), named | {token}
+            deltas[vocabulary[token]] = rows.get(token, start).reshape(-1).float() - start
+    left = next((name for name in rows if name not in named), None)
+    if left is not None:
+        raise ValueError(
+            f"train_tokens leaves out the token {quoted(left, 60)}; add [{quoted(left, 60)}, regex or null] to it"
+        )
+    return deltas
 
 
 def _table(text_encoder: Any) -> Tensor:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import stable_cascade
+from stable_cascade.cli.app import add_app
 from stable_cascade.cli.cache import add_cache
+from stable_cascade.cli.conversion import add_convert
+from stable_cascade.cli.drawing import DRAWING_COMMANDS
 from stable_cascade.cli.estimate import add_estimate
+from stable_cascade.cli.inspection import add_inspect
 from stable_cascade.cli.publish import add_publish
 from stable_cascade.redaction import redacted
+from stable_cascade.wording import brief
+
+LONGEST_ERROR = 460
+"""Characters of an error's one line; what callers pass may be longer."""
 
 
 def add_prepare(commands: Any) -> None:
@@ -55,13 +64,45 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"train with webdataset_path: {arguments.out}")
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare, add_publish, add_cache, add_estimate)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    add_prepare,
+    add_publish,
+    add_cache,
+    add_estimate,
+    add_inspect,
+    add_convert,
+    *DRAWING_COMMANDS,
+    add_app,
+)
 """Each adds one subcommand and sets `run`, a function of the parsed arguments. Heavy imports belong into `run`."""
+
+
+class Misuse(SystemExit):
+    """A command line that means nothing: exit status 2, and what is wrong with it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, whose exit tells the reason; its subcommands' parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and message on stderr, and the end.
+
+        Raises:
+            Misuse: always.
+        """
+        self.print_usage(sys.stderr)
+        message = brief(message, LONGEST_ERROR)
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise Misuse(message)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
-    parser = argparse.ArgumentParser(prog="stable-cascade", description="Trains and runs Stable Cascade.")
+    parser = CommandParser(prog="stable-cascade", description="Trains and runs Stable Cascade.")
     parser.add_argument("--version", action="version", version=f"stable-cascade {stable_cascade.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for add in COMMANDS:
@@ -72,11 +113,20 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, or 2 after an error of one line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    arguments = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = make_parser().parse_args(argv)
+    except Misuse as misuse:
+        if "--json" in argv:
+            print(json.dumps({"error": misuse.message}))
+        raise
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"stable-cascade {arguments.command}: error: {redacted(str(error))}", file=sys.stderr)
+        message = brief(redacted(str(error)), LONGEST_ERROR)
+        print(f"stable-cascade {arguments.command}: error: {message}", file=sys.stderr)
+        if getattr(arguments, "json", False):
+            print(json.dumps({"error": message}))
         return 2
     return 0
 

@@ -13,8 +13,13 @@ from stable_cascade.config.reference import documentation, help_text, kind_text,
 from stable_cascade.config.rules import problems, resolve
 from stable_cascade.config.settings import TRAINERS, GenerateConfig
 from stable_cascade.redaction import redacted
+from stable_cascade.wording import brief
 
 Config = TypeVar("Config")
+
+LARGEST_CONFIG = 2**20
+MOST_ENTRIES = 100_000
+"""Bytes and values of a config file; some lines can refer to each other so that they mean billions."""
 
 _ELSEWHERE: dict[str, str] = {
     "learning_rate": "lr", "train_batch_size": "batch_size", "max_train_steps": "updates", "resolution": "image_size",
@@ -70,7 +75,7 @@ def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
             raise ConfigError(f"{source}: unknown key {key!r} (value {_short(value)}); {_nearest_key(cls, key)}")
         try:
             OmegaConf.update(node, key, value)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(
                 f"{source}: {key}: {_short(value)} is not allowed; {_expected(cls, key, value)}"
             ) from error
@@ -97,6 +102,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: there is no such file, or it is not YAML of the form `key: value`.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     if not Path(path).is_file():
@@ -104,12 +110,42 @@ def read_yaml(path: str) -> dict[str, Any]:
         hint = _nearest(Path(path).name, [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else [])
         raise ConfigError(f"--config {path}: no such file{hint}")
     try:
+        _check_extent(Path(path))
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    except (YAMLError, OSError, ValueError, OverflowError, RecursionError, OmegaConfBaseException) as error:
+        reason = brief(str(error).replace(str(path), Path(path).name), 300)  # YAML's own errors name the file twice
+        raise ConfigError(f"--config {path}: not readable as YAML ({reason})") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path}: must be lines of the form `key: value`")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _check_extent(path: Path) -> None:
+    """Passes when a YAML file is no larger than a config may be, references to other parts of it written out.
+
+    Raises:
+        ValueError: it is larger, or refers to itself.
+        YAMLError: it is no YAML.
+    """
+    import yaml
+
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"{path.stat().st_size:,} bytes; at most {LARGEST_CONFIG:,} are read")
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) in sizes and not sizes[id(node)]:
+            raise ValueError("a part of it contains itself")
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            inner = getattr(node, "value", None)
+            parts = inner if isinstance(inner, list) else []
+            total = sum(map(size, (one for part in parts for one in (part if isinstance(part, tuple) else (part,)))))
+            sizes[id(node)] = 1 + total
+        return sizes[id(node)]
+
+    if size(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)) > MOST_ENTRIES:
+        raise ValueError(f"more than {MOST_ENTRIES:,} entries")
 
 
 def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -179,7 +215,7 @@ def _expected(cls: type, key: str, value: Any) -> str:
     """What a key takes, with the nearest of its choices."""
     kind = kinds(cls)[key]
     choices = [c for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
-    hint = _nearest(str(value), [str(choice) for choice in choices])
+    hint = _nearest(_short(value), [str(choice) for choice in choices])
     return f"{key} takes {kind_text(cls, key)}{hint}"
 
 
@@ -202,5 +238,8 @@ def _nearest(word: str, choices: Sequence[str]) -> str:
 
 def _short(value: Any) -> str:
     """A value as one short line."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no number of more than some thousand digits
+        text = "a number too long to show"
     return text if len(text) <= 80 else text[:77] + "..."

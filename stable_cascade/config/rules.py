@@ -47,7 +47,7 @@ def _range_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if not math.isfinite(value):
+        if abs(value) > 1e300 or not math.isfinite(value):
             yield key, "must be a finite number"
         elif key in _AT_LEAST and value < _AT_LEAST[key]:
             yield key, f"must be at least {_AT_LEAST[key]}"

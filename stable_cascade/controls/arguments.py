@@ -10,7 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from stable_cascade.wording import brief
+
 T = TypeVar("T")
+
+LARGEST_KERNEL = 127
+"""Pixels; a disc's work grows with the square of its size."""
 
 
 def per_sample(pixels: Tensor, generators: Sequence[Generator] | None) -> list[tuple[Tensor, Generator | None]]:
@@ -31,6 +36,8 @@ def checked_pixels(pixels: Tensor) -> Tensor:
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
         seen = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
         raise ValueError(f"a filter takes RGB pictures (batch, 3, height, width) in [0, 1] as floats; got {seen}")
+    if not pixels.numel():
+        raise ValueError(f"a filter takes at least one picture of at least one pixel; got {tuple(pixels.shape)}")
     return pixels
 
 
@@ -74,15 +81,16 @@ def checked_number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def checked_count(name: str, value: Any, *, lowest: int = 1, optional: bool = False) -> Any:
-    """`value`, a whole number from `lowest` on (or None where `optional`).
+def checked_count(name: str, value: Any, *, lowest: int = 1, highest: int = 8192, optional: bool = False) -> Any:
+    """`value`, a whole number from `lowest` to `highest` (or None where `optional`).
 
     Raises:
         ValueError: it is neither.
     """
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    whole = isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
     if not whole and not (optional and value is None):
-        raise ValueError(f"{name} is {value!r}; allowed: a whole number from {lowest}{' or null' * optional}")
+        allowed = f"a whole number from {lowest} to {highest}{' or null' * optional}"
+        raise ValueError(f"{name} is {brief(repr(value), 60)}; allowed: {allowed}")
     return value
 
 
@@ -102,12 +110,15 @@ def checked_sizes(name: str, value: Any) -> tuple[int, ...]:
     """`value` as a tuple of kernel sizes.
 
     Raises:
-        ValueError: it is no list of sizes that are 0 (nothing is done) or odd.
+        ValueError: it is no list of sizes that are 0 (nothing is done) or odd, and at most `LARGEST_KERNEL`.
     """
     sizes = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    good = all(isinstance(size, int) and size >= 0 and (size == 0 or size % 2 == 1) for size in sizes)
+    good = all(
+        isinstance(size, int) and 0 <= size <= LARGEST_KERNEL and (size == 0 or size % 2 == 1) for size in sizes
+    )
     if not sizes or not good:
-        raise ValueError(f"{name} is {value!r}; allowed: a list of odd numbers and 0, as [3, 5, 7]")
+        allowed = f"a list of odd numbers up to {LARGEST_KERNEL} and 0, as [3, 5, 7]"
+        raise ValueError(f"{name} is {brief(repr(value), 60)}; allowed: {allowed}")
     return sizes
 
 

@@ -20,6 +20,7 @@ from .arguments import (
 )
 from .kernels import dilate, gaussian_blur, resized
 
+LONGEST_SHAPE = 100
 OPENCV = "pip install 'stable-cascade[controls]'"
 
 
@@ -103,7 +104,7 @@ class SoftEdgeFilter:
         width = draw_choice(self.dilation_kernels, generator)
         threshold = draw_uniform(*self.threshold, generator)
         strength = gradient(gaussian_blur(resized(picture, self._working_size(size), antialias=True), self.sigma))
-        strongest = max(float(strength.quantile(0.98)), self.floor)
+        strongest = max(_quantile(strength, 0.98), self.floor)
         edges = dilate((strength / strongest).clamp(0, 1), width)
         if self.binarize:
             edges = (edges > threshold).float()
@@ -112,8 +113,22 @@ class SoftEdgeFilter:
     def _working_size(self, size: Sequence[int]) -> tuple[int, int] | None:
         if self.resize is None:
             return None
+        if max(size) > LONGEST_SHAPE * min(size):
+            raise ValueError(
+                f"SoftEdgeFilter takes pictures up to {LONGEST_SHAPE} times as long as wide, this one is {size[0]} x "
+                f"{size[1]} (height x width); cut it"
+            )
         scale = self.resize / min(size)
         return max(3, round(size[0] * scale)), max(3, round(size[1] * scale))
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """The value that `share` of the values do not exceed; torch's own takes 16 million at most."""
+    if values.numel() <= 2**24:
+        return float(values.quantile(share))
+    import numpy as np
+
+    return float(np.quantile(values.cpu().numpy(), share))
 
 
 def gradient(picture: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stable_cascade.wording import brief, quoted
+
 
 def load_class(key: str, name: Any, known: Mapping[str, Any]) -> Any:
     """The class that `known` has under `name`, or that `package.module:Class` names.
@@ -16,11 +18,13 @@ def load_class(key: str, name: Any, known: Mapping[str, Any]) -> Any:
         ValueError: there is none.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{key} is {name!r}; allowed: {', '.join(known)}, or 'package.module:Class'")
+        raise ValueError(f"{key} is {brief(repr(name), 60)}; allowed: {', '.join(known)}, or 'package.module:Class'")
     if ":" in name:
         return _imported(key, name)
     if name not in known:
-        raise ValueError(f"{key} {name!r} is unknown;{nearest(name, known)} or write 'package.module:Class'")
+        raise ValueError(
+            f"{key} {quoted(name, 60)} is unknown;{nearest(name[:200], known)} or write 'package.module:Class'"
+        )
     return known[name]
 
 
@@ -41,14 +45,16 @@ def constructed(cls: Any, params: Mapping[str, Any] | None, key: str, **extra: A
         if parameter in extra:
             raise ValueError(f"{key} holds {parameter!r}, which {name} is given by the program; leave it away")
         if parameter not in names and not free:
-            raise ValueError(f"{key} {parameter!r} is unknown to {name};{nearest(parameter, own)}")
+            raise ValueError(
+                f"{key} {quoted(parameter, 60)} is unknown to {name};{nearest(str(parameter)[:200], own)}"
+            )
     missing = [p.name for p in accepted if p.default is p.empty and p.name not in {*given, *extra}]
     if missing:
         raise ValueError(f"{key} lacks {', '.join(map(repr, missing))}, which {name} requires")
     wanted = {parameter: value for parameter, value in extra.items() if parameter in names}
     try:
         return cls(**given, **wanted)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{key}: {name}: {error}") from error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .buckets import covering_size
 from .crops import CropChoice, crop_place, window
 from .draws import sample_seeds
-from .images import decode_image, decode_mask, resize_to
+from .images import decode_mask, decode_stored, in_unit_range, resize_to
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +119,11 @@ def fit_pair(data: bytes, mask: bytes | None, size: tuple[int, int], crop: str, 
     Raises:
         ValueError: one of them cannot be decoded.
     """
-    pixels = decode_image(data, at_least=size)
+    pixels = decode_stored(data, at_least=size)
     cover = covering_size(pixels.shape[1], pixels.shape[2], size)
     resized = resize_to(pixels, cover)
     place = crop_place(resized, size, crop, seed)
-    shown = window(resized, size, place).contiguous()
+    shown = in_unit_range(window(resized, size, place).contiguous())
     if mask is None:
         return shown, shown.new_ones(1, *size)
     return shown, window(resize_to(decode_mask(mask), cover), size, place).contiguous()

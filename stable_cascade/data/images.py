@@ -1,4 +1,8 @@
-"""From the bytes of a picture to (3, H, W) float32 pixels in [0, 1], whatever the file's mode."""
+"""From the bytes of a picture to (3, H, W) pixels, whatever the file's mode.
+
+Pixels are float32 in [0, 1], or the bytes of an ordinary RGB file while they are still to be resized: torch resizes
+bytes several times faster than floats, and as Pillow does.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,18 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from stable_cascade.wording import brief
+
 from .buckets import covering_size
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 """Members with these extensions are pictures, in order of preference."""
 
+LARGEST_PICTURE = 64_000_000
+"""Pixels that are decoded, after a JPEG was shrunk; a small file can claim billions of them."""
+
+# Other kinds are not even tried: Pillow starts another program for EPS, for one.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _TURNED = (5, 6, 7, 8)
 
 
@@ -28,13 +39,13 @@ def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 width, height = _stored_size(image)
                 turned = _orientation(image) in _TURNED
     except Exception as error:  # Pillow's plugins raise anything on damaged files
         if not whole:
             return None
-        raise ValueError(f"no readable picture: {error}") from None
+        raise ValueError(f"no readable picture: {brief(error)}") from None
     if width < 1 or height < 1:
         raise ValueError(f"no readable picture: its size is {width} x {height}")
     return (height, width) if turned else (width, height)
@@ -60,35 +71,63 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def decode_image(data: bytes, *, at_least: tuple[int, int] | None = None) -> Tensor:
+def decode_image(data: bytes) -> Tensor:
     """The picture, upright, on white, as RGB.
-
-    Args:
-        data: the whole file.
-        at_least: (height, width) that will be needed; a larger JPEG is then decoded at a half, quarter or eighth,
-            never below twice this size.
 
     Shapes: -> (3, H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: the file is damaged or of no supported kind.
+        ValueError: the file is damaged, of no supported kind, or has more than `LARGEST_PICTURE` pixels.
+    """
+    return in_unit_range(decode_stored(data)).contiguous()
+
+
+def in_unit_range(pixels: Tensor) -> Tensor:
+    """Stored pixels as float32 in [0, 1]. Shapes: any -> the same."""
+    return pixels if pixels.is_floating_point() else pixels.to(torch.float32).div_(255)
+
+
+def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Tensor:
+    """The picture, upright, on white, as RGB: the file's bytes, or floats where it has transparency or more bits.
+
+    Args:
+        data: the whole file.
+        at_least: (height, width) that will be needed; a larger JPEG is then decoded at a half, quarter or eighth,
+            never below this size.
+
+    Shapes: -> (3, H, W) uint8 with channels last in memory, or float32 in [0, 1].
+
+    Raises:
+        ValueError: the file is damaged, of no supported kind, or has more than `LARGEST_PICTURE` pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 if at_least is not None and image.format == "JPEG":
                     height, width = at_least[::-1] if _orientation(image) in _TURNED else at_least
-                    image.draft(None, (2 * width, 2 * height))  # type: ignore[arg-type]
+                    image.draft(None, (width, height))  # type: ignore[arg-type]
+                _check_pixels(image.size)
                 image.load()
                 array = _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
-        raise ValueError(f"cannot decode: {type(error).__name__}: {error}") from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+        raise ValueError(f"cannot decode: {type(error).__name__}: {brief(error)}") from None
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _formats() -> list[str]:
+    """Those of the allowed kinds that this Pillow can read."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_pixels(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > LARGEST_PICTURE:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {LARGEST_PICTURE:,}; shrink the picture")
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 1]."""
+    """(H, W, 3) uint8, or float32 in [0, 1]."""
     if image.mode.startswith("I"):
         return _wide_grey(image)
     if image.mode == "F":
@@ -97,7 +136,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
         alpha = pixels[..., 3:]
         return pixels[..., :3] * alpha + (1 - alpha)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.float32) / 255
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _wide_grey(image: Image.Image) -> np.ndarray:
@@ -131,11 +170,11 @@ def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_to(pixels: Tensor, target: tuple[int, int]) -> Tensor:
-    """The picture at exactly this size (bilinear, antialiased).
+    """The picture at exactly this size (bilinear, antialiased), as bytes where it was bytes.
 
-    Shapes: (C, H, W) -> (C, *target).
+    Shapes: (C, H, W) uint8 or float32 in [0, 1] -> (C, *target).
     """
     if target == tuple(pixels.shape[1:]):
         return pixels
     resized = F.interpolate(pixels[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0]
-    return resized.clamp_(0, 1)
+    return resized.clamp_(0, 1) if resized.is_floating_point() else resized

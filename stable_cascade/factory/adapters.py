@@ -10,10 +10,9 @@ from torch import Tensor
 
 from stable_cascade.adapters import LearnedTokens, add_learned_tokens, add_lora, add_token_rows, read_learned_embeds
 from stable_cascade.adapters.layers import lora_scales_of
-from stable_cascade.adapters.loading import LoraFile, lora_scales
+from stable_cascade.adapters.loading import LoraFile
 from stable_cascade.adapters.lora import layer_shapes, lora_path, read_lora
 from stable_cascade.adapters.tokens import EMBEDS_NAME
-from stable_cascade.formats import lora as lora_files
 from stable_cascade.models.text import TextEmbedder
 
 from .clip import text_encoder
@@ -89,10 +88,8 @@ def _start_from(lora: LoraFile, where: str, model: Any, component: str, settings
     """Put one component's values of a LoRA file into the adapters, which have to be just those of the file."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    values, metadata = lora.parts[component], lora.metadata.get(component, {})
-    if lora.layout == "original":
-        filters = settings["module_filters"]
-        values, metadata = lora_files.from_original_lora(values, layer_shapes(model), filters), {"lora_alpha": 1}
+    part = lora.part(component, layer_shapes(model), settings.get("module_filters"))
+    values = part.tensors
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: value.shape for name, value in own.items()}
     given = {name: value.shape for name, value in values.items()}
@@ -104,8 +101,8 @@ def _start_from(lora: LoraFile, where: str, model: Any, component: str, settings
             f"{where} differs from {said} in '{odd[0]}': {shapes[0]} in the file, {shapes[1]} here; "
             "set them as it was trained"
         )
-    scales, wanted_scales = lora_scales(values, metadata), lora_scales_of(model)
-    for name, scale in scales.items():
+    wanted_scales = lora_scales_of(model)
+    for name, scale in part.scales.items():
         if abs(scale - wanted_scales[name]) > 1e-6 * abs(scale):
             raise ValueError(
                 f"{where} was trained with another lora_alpha: '{name}' has the scale {scale:g} there, "

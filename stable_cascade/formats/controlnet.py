@@ -10,6 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.wording import brief, quoted
+
+from .json_files import check_sizes, parse_json, read_json
+from .tensor_files import checked_header
+
 KEY = "stable_cascade_controlnet"
 DESCRIPTION = "controlnet.json"
 """Name of the same description in a folder in diffusers layout."""
@@ -37,21 +42,40 @@ def read_description(path: str | PathLike[str]) -> dict[str, Any]:
     place = Path(path)
     if place.is_dir():
         file = place / DESCRIPTION
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _checked(read_json(file), f"'{file}'") if file.is_file() else {}
     if place.suffix != ".safetensors":
         return {}
-    from safetensors import SafetensorError, safe_open
-
+    named = f"ControlNet file {quoted(place)}"
     try:
-        with safe_open(str(place), "pt") as opened:
-            return json.loads((opened.metadata() or {}).get(KEY, "{}"))
-    except SafetensorError as error:
-        raise ValueError(f"ControlNet file '{place}' is damaged ({error}); copy or download it again") from None
+        text = checked_header(place).metadata.get(KEY, "{}")
+    except ValueError as error:
+        raise ValueError(f"ControlNet file {error}") from None
+    return _checked(parse_json(text, f"{named}: its description"), named)
+
+
+def _checked(description: dict[str, Any], named: str) -> dict[str, Any]:
+    """The description, if its entries are of the kinds that `save_controlnet` writes.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for key, kind, meant in (
+        ("config", dict, "an object"),
+        ("filter", str, "a text"),
+        ("filter_params", dict, "an object"),
+        ("model_version", str, "a text"),
+    ):
+        value = description.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{named}: its {key} is {brief(value, 60)}, and {meant} is needed; export it again")
+    check_sizes(description, named)
+    return description
 
 
 def read_shapes(path: str | PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a .safetensors file, from its header alone."""
-    from safetensors import safe_open
+    """Names and shapes of a .safetensors file, from its header alone.
 
-    with safe_open(str(path), "pt") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    return {name: info.shape for name, info in checked_header(path).tensors.items()}

@@ -18,11 +18,13 @@ class KeyMap:
     """How the names of one component differ.
 
     `renamed` pairs a part of the original name with ours. `split` pairs the end of the original name of a joined
-    matrix with the ends of the names of its equal row groups, in order.
+    matrix with the ends of the names of its equal row groups, in order. `read` pairs further names, which other tools
+    write, with ours; nothing is ever written so.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     split: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    read: tuple[tuple[str, str], ...] = ()
 
 
 ATTENTION_SPLIT = tuple(
@@ -30,10 +32,14 @@ ATTENTION_SPLIT = tuple(
     for leaf in ("weight", "bias")
 )
 ATTENTION_RENAMED = (("attention.attn.out_proj.", "attention.to_out.0."),)
+# ComfyUI splits the joined matrix when it loads a file, and saves it split.
+COMFYUI_SPLIT = tuple((f"attention.attn.to_{part}.", f"attention.to_{part}.") for part in "qkv")
 
 KEY_MAPS: dict[str, KeyMap] = {
-    "prior": KeyMap(ATTENTION_RENAMED, ATTENTION_SPLIT),
-    "decoder": KeyMap((*ATTENTION_RENAMED, ("clip_mapper.", "clip_txt_pooled_mapper.")), ATTENTION_SPLIT),
+    "prior": KeyMap(ATTENTION_RENAMED, ATTENTION_SPLIT, COMFYUI_SPLIT),
+    "decoder": KeyMap(
+        (*ATTENTION_RENAMED, ("clip_mapper.", "clip_txt_pooled_mapper.")), ATTENTION_SPLIT, COMFYUI_SPLIT
+    ),
     "vqgan": KeyMap((("vquantizer.codebook.", "vquantizer.embedding."),)),
     "image_encoder": KeyMap(),
     "previewer": KeyMap(),
@@ -66,16 +72,26 @@ def from_original(state_dict: Mapping[str, Tensor], component: str) -> dict[str,
     for name, value in state_dict.items():
         joined = next((rule for rule in keys.split if name.endswith(rule[0])), None)
         if joined is None:
-            converted[_renamed(name, keys.renamed)] = value
+            _put(converted, _renamed(name, (*keys.renamed, *keys.read)), value, name)
             continue
         ending, parts = joined
-        if value.shape[0] % len(parts):
-            raise ValueError(
-                f"{name} has {value.shape[0]} rows, which {len(parts)} groups do not divide; is it a {component}?"
-            )
-        for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
-            converted[name.removesuffix(ending) + part] = rows
+        rows = value.shape[0] if value.ndim else 0
+        if not rows or rows % len(parts):
+            raise ValueError(f"{name} has {rows} rows, which {len(parts)} groups do not divide; is it a {component}?")
+        for part, group in zip(parts, value.chunk(len(parts)), strict=True):
+            _put(converted, name.removesuffix(ending) + part, group, name)
     return converted
+
+
+def _put(converted: dict[str, Tensor], name: str, value: Tensor, origin: str) -> None:
+    """Adds a weight; two names of one thing in a file would let the order decide.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in converted:
+        raise ValueError(f"{origin} means {name}, which the file has under another name too; remove one of them")
+    converted[name] = value
 
 
 def to_original(state_dict: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:

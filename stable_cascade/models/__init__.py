@@ -11,8 +11,10 @@ _EXPORTS = {
     "StableCascadeControlNet": "controlnet",
     "StableCascadeDecoder": "decoder",
     "StableCascadeImageEncoder": "image_encoder",
+    "StableCascadeMultiControlNet": "controlnet",
     "StableCascadePreviewer": "previewer",
     "StableCascadePrior": "prior",
+    "StableCascadeUNet": "diffusers_names",
     "StableCascadeVQGAN": "vqgan",
     "load_single_file": "loading",
 }
@@ -23,15 +25,18 @@ __all__ = [
     "StableCascadeControlNet",
     "StableCascadeDecoder",
     "StableCascadeImageEncoder",
+    "StableCascadeMultiControlNet",
     "StableCascadePreviewer",
     "StableCascadePrior",
+    "StableCascadeUNet",
     "StableCascadeVQGAN",
     "load_single_file",
 ]
 
 if TYPE_CHECKING:
-    from .controlnet import StableCascadeControlNet
+    from .controlnet import StableCascadeControlNet, StableCascadeMultiControlNet
     from .decoder import StableCascadeDecoder
+    from .diffusers_names import StableCascadeUNet
     from .image_encoder import StableCascadeImageEncoder
     from .loading import load_single_file
     from .presets import PRESETS

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_plain
+from .plain import is_plain, project_wide
 
 # Joining more elements than these costs more in copying than one product saves over several.
 LARGEST_JOINED = 2**20
@@ -52,16 +52,18 @@ def _in_a_row(parts: list[Tensor]) -> bool:
     return True
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attended: Tensor | None = None) -> Tensor:
     """softmax(query key^T / sqrt(d)) value, with dropout on the probabilities.
 
-    Shapes: (B, heads, N, d), (B, heads, L, d) twice -> (B, heads, N, d).
+    Shapes: (B, heads, N, d), (B, heads, L, d) twice, `attended` (B, L) bool -> (B, heads, N, d).
     """
+    mask = None if attended is None else attended[:, None, None]
     if query.device.type == "cpu" and query.requires_grad and query.dtype is not torch.float16:
         # The fused kernel's backward takes seven times as long on a CPU in bfloat16, at the sizes trained there.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         return F.dropout(scores.softmax(-1), dropout) @ value
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 class SDCascadeAttention(nn.Module):
@@ -92,8 +94,12 @@ class SDCascadeAttention(nn.Module):
         key, value = project([self.to_k, self.to_v], tokens)
         return self._split(key), self._split(value)
 
-    def forward(self, tokens: Tensor, key: Tensor, value: Tensor, *, self_attn: bool = True) -> Tensor:
-        """Shapes: (B, N, C), keys and values (B, L, heads, C / heads) -> (B, N, C)."""
+    def forward(
+        self, tokens: Tensor, key: Tensor, value: Tensor, attended: Tensor | None = None, *, self_attn: bool = True
+    ) -> Tensor:
+        """Shapes: (B, N, C), keys and values (B, L, heads, C / heads), `attended` (B, L) bool -> (B, N, C)."""
+        if self_attn and attended is not None:
+            attended = F.pad(attended, (tokens.shape[1], 0), value=True)
         if self_attn:
             query, own_key, own_value = map(self._split, project([self.to_q, self.to_k, self.to_v], tokens))
             key, value = torch.cat([own_key, key], dim=1), torch.cat([own_value, value], dim=1)
@@ -101,8 +107,8 @@ class SDCascadeAttention(nn.Module):
             query = self._split(self.to_q(tokens))
         dropout = self.dropout if self.training else 0.0
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-        mixed = attend(q, k, v, dropout)
-        return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        mixed = attend(q, k, v, dropout, attended)
+        return project_wide(self.to_out[0], mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

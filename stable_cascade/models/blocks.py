@@ -10,9 +10,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .attention import SDCascadeAttention
-from .plain import HALF, cast_for, full, is_plain, saturate, to_channels_first, to_channels_last, without_autocast
+from .plain import (
+    HALF,
+    cast_for,
+    full,
+    is_plain,
+    narrow,
+    project_wide,
+    saturate,
+    to_channels_first,
+    to_channels_last,
+    without_autocast,
+)
 
-KeysValues = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, ...]
+"""Keys and values (B, L, heads, C / heads); where not all tokens count, also which do, (B, L) bool."""
 
 
 def layer_norm(channels: int) -> nn.LayerNorm:
@@ -86,6 +98,15 @@ def channelwise(c_in: int, c: int, dropout: float) -> nn.Sequential:
     )
 
 
+def widened_branch(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """`layers(x)`, finite in float16, whose result is float32. Shapes: (..., c_in) -> (..., C)."""
+    first, *rest, last = layers
+    hidden = saturate(first(x))
+    for layer in rest:
+        hidden = layer(hidden)
+    return project_wide(last, hidden)
+
+
 class SDCascadeResBlock(nn.Module):
     """Depthwise convolution and channelwise layers, added to the input. Shapes: (B, H, W, C) -> (B, H, W, C)."""
 
@@ -99,26 +120,21 @@ class SDCascadeResBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Shapes: (B, H, W, C), skip (B, H, W, c_skip) -> (B, H, W, C)."""
-        hidden = self.norm(self._convolve(x)).to(x.dtype)
+        scale = self.channelwise[2].gamma
+        hidden = narrow(self.norm(self._convolve(x)).to(x.dtype), scale)
         if skip is not None:
-            hidden = torch.cat([hidden, skip], dim=-1)
-        first, *rest = self.channelwise
-        # A skip is not normalised: in float16 it alone can take the hidden layer out of range.
-        hidden = first(hidden) if skip is None else saturate(first(hidden))
-        for layer in rest:
-            hidden = layer(hidden)
-        return saturate(x + hidden)
+            hidden = torch.cat([hidden, narrow(skip, scale)], dim=-1)
+        return x + widened_branch(self.channelwise, hidden)
 
     def _convolve(self, x: Tensor) -> Tensor:
-        image = to_channels_first(x)
-        if x.dtype is torch.float16 and is_plain(self.depthwise, nn.Conv2d):
+        image, conv = to_channels_first(x), self.depthwise
+        if conv.weight.dtype is torch.float16 and is_plain(conv, nn.Conv2d):
             # The sum over the kernel leaves float16's range long before its normalised value does.
-            conv = self.depthwise
             weight, bias = conv.weight.float(), None if conv.bias is None else conv.bias.float()
             with without_autocast(x.device):
                 image = F.conv2d(image.float(), weight, bias, padding=conv.padding, groups=conv.groups)
         else:
-            image = saturate(self.depthwise(image))
+            image = saturate(conv(narrow(image, conv.weight)))
         return to_channels_last(image)
 
 
@@ -134,7 +150,7 @@ class SDCascadeFeedForwardBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, H, W, C) -> (B, H, W, C)."""
-        return saturate(x + self.channelwise(self.norm(x)))
+        return x + widened_branch(self.channelwise, narrow(self.norm(x), self.channelwise[2].gamma))
 
 
 class SDCascadeTimestepBlock(nn.Module):
@@ -165,7 +181,7 @@ class SDCascadeTimestepBlock(nn.Module):
         if modulation is None:
             modulation = self.modulation(embedding, x.dtype)
         a, b = modulation[:, None, None, :].chunk(2, dim=-1)
-        return saturate(torch.addcmul(b.to(x.dtype), x, (1 + a).to(x.dtype)))
+        return torch.addcmul(b.to(x.dtype), x, (1 + a).to(x.dtype))
 
 
 def _map(mapper: Any, part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,5 +214,5 @@ class SDCascadeAttnBlock(nn.Module):
             condition = self.attention.keys_values(self.kv_mapper[1](condition))
         if x is None:
             return condition
-        tokens = self.norm(x).flatten(1, 2)
-        return saturate(x + self.attention(tokens, *condition, self_attn=self.self_attn).view_as(x))
+        tokens = narrow(self.norm(x), condition[0]).flatten(1, 2)
+        return x + self.attention(tokens, *condition, self_attn=self.self_attn).view_as(x)

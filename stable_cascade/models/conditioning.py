@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .plain import cast_for, pointwise, to_channels_first, to_channels_last
+from .plain import cast_for, narrow, pointwise, to_channels_first, to_channels_last, widen
 
 
 @dataclass
@@ -44,13 +44,13 @@ def embed_sample(embedding: nn.Sequential, sample: Tensor, patch_size: int) -> T
         )
     unshuffle, conv, norm = embedding
     patches = unshuffle(cast_for(conv, sample))
-    return norm(pointwise(conv, to_channels_last(patches)))
+    return widen(norm(pointwise(conv, to_channels_last(patches))))
 
 
 def read_out(clf: nn.Sequential, x: Tensor) -> Tensor:
     """The prediction from the last level's image. Shapes: (B, h, w, width) -> (B, C, H, W)."""
     norm, conv, shuffle = clf
-    return shuffle(to_channels_first(pointwise(conv, norm(x))).contiguous())
+    return shuffle(to_channels_first(pointwise(conv, narrow(norm(x), conv.weight))).contiguous())
 
 
 def map_grid(mapper: nn.Sequential, x: Tensor) -> Tensor:

@@ -147,6 +147,55 @@ class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOri
         return to_original(self.state_dict(), "controlnet")
 
 
+class StableCascadeMultiControlNet(ModelMixin):
+    """Several ControlNets as one component of a pipeline; their residuals are summed by the sampling.
+
+    `save_pretrained(folder)` writes each into a numbered folder of its own, in diffusers' layout: `folder/0`,
+    `folder/1` and so on, each with `config.json` and `diffusion_pytorch_model.safetensors`. The component `controlnet`
+    of a saved pipeline holds several when it has `controlnet/0`, and one when it has `controlnet/config.json`.
+
+    Raises:
+        ValueError: no ControlNet, or something else among them.
+    """
+
+    def __init__(self, controlnets: Sequence[StableCascadeControlNet]) -> None:
+        super().__init__()
+        others = [type(net).__name__ for net in controlnets if not isinstance(net, StableCascadeControlNet)]
+        if not len(controlnets) or others:
+            raise ValueError(f"controlnets holds {others or 'nothing'}; give a list of StableCascadeControlNet")
+        self.nets = nn.ModuleList(controlnets)
+
+    def forward(self, images: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """What each ControlNet returns for its own control image."""
+        return [net(image) for net, image in zip(self.nets, images, strict=True)]
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | PathLike[str], safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        """Writes the folders `0`, `1` and so on."""
+        for number, net in enumerate(self.nets):
+            assert isinstance(net, StableCascadeControlNet)
+            folder = Path(save_directory) / str(number)
+            net.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> StableCascadeMultiControlNet:
+        """The ControlNets of the local folders `0`, `1` and so on; `kwargs` go to each one's `from_pretrained`.
+
+        Raises:
+            ValueError: there is no folder `0`.
+        """
+        root = Path(pretrained_model_name_or_path)
+        nets: list[StableCascadeControlNet] = []
+        while (root / str(len(nets))).is_dir():
+            nets.append(StableCascadeControlNet.from_pretrained(root / str(len(nets)), **kwargs))
+        if not nets:
+            raise ValueError(f"'{root}' has no folder '0'; several ControlNets lie in folders 0, 1 and so on")
+        return cls(nets)
+
+
 def _effnet(in_channels: int, **config) -> EfficientNetFeatures:
     # The original replaces the stem for anything but three channels, and its replacement pads nothing.
     return EfficientNetFeatures(in_channels, **{"stem_padding": int(in_channels == 3), **config})

@@ -1,9 +1,8 @@
-"""Loads a network from one file of the original release, or of ours, without any network access."""
+"""Loads a network from one file: of the original release, of ours or ComfyUI's."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from collections.abc import Mapping
 from os import PathLike
@@ -13,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
+from stable_cascade.formats.configs import read_configs
+from stable_cascade.formats.detection import describe_tensors, infos_of
+from stable_cascade.formats.headers import file_type, pickled_tensors
+from stable_cascade.formats.json_files import read_config
+from stable_cascade.formats.lora_facts import is_lora
 from stable_cascade.formats.networks import from_original
+from stable_cascade.formats.signatures import TITLES, component_of, size_of, what_else
+from stable_cascade.formats.tensor_files import check_kinds, check_names, checked_header, read_tensors
+from stable_cascade.wording import brief, quoted
 
+from .hub_files import hub_file
 from .presets import PRESETS, preset
 
 Source = str | PathLike[str] | Mapping[str, Tensor]
@@ -37,20 +46,30 @@ def load_single_file(
     Args:
         cls: the model class.
         component: its name in `formats`: prior, decoder, vqgan, image_encoder, previewer or controlnet.
-        source: a .safetensors file (others are read as pickled weights, with a warning) or a state dict; the names are
-            the original's or ours.
-        config: the constructor's arguments, a preset's name, or a folder or file with a config.json. None takes the
-            preset whose shapes the weights have.
+        source: a .safetensors file (others are read as pickled weights, with a warning), a file's address on the Hub,
+            or a state dict; the names are the original's, ours or ComfyUI's, whose checkpoints may hold other networks
+            as well.
+        config: the constructor's arguments, a preset's name, or a folder or file with a config.json. None takes what
+            the file says of itself, else the preset whose shapes the weights have.
         torch_dtype: type of the floating-point weights; None keeps the file's.
         device: where the weights go; None leaves them on the CPU.
 
     Raises:
-        ValueError: the file is missing or damaged, the config is not known, or names or shapes do not fit it.
+        ValueError: the file is missing or damaged, holds something else, the config is not known, or names or shapes
+            do not fit it.
     """
-    weights = from_original(source if isinstance(source, Mapping) else read_weights(source), component)
-    settings = resolve_config(cls, component, config, weights)
-    model = on_meta(cls, settings)
-    check_fit(model, weights, component)
+    named = "state dict" if isinstance(source, Mapping) else f"weights file {quoted(source)}"
+    content, metadata = (source, {}) if isinstance(source, Mapping) else read_file(source)
+    check_names(content, named)
+    try:
+        weights = weights_of(content, component)
+        config = read_configs(metadata).get(component) if config is None else config
+        settings = resolve_config(cls, component, config, weights)
+        model = built_on_meta(cls, settings, component)
+        check_fit(model, weights, component)
+        _check_types(weights, torch_dtype)
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from error
     for name in list(weights):
         weights[name] = _placed(weights[name], torch_dtype, device)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -65,23 +84,49 @@ def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such file, or it holds no state dict.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"weights file {str(path)!r} does not exist; give the path of a local .safetensors file")
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    return read_file(path)[0]
 
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"weights file {str(path)!r} is damaged ({error}); download it again") from error
-    warnings.warn(f"{file.name} is a pickle file; only its tensors are read. Prefer .safetensors", stacklevel=3)
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights file {str(path)!r} holds no state dict; give a file of one network's weights")
-    return content
+
+def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict and the metadata of a file, or of an address on the Hub, which is downloaded.
+
+    Raises:
+        ValueError: there is no such file, or it holds no state dict.
+    """
+    file = hub_file(str(path)) if str(path).startswith(("http:", "https:")) else Path(path)
+    if file.suffix == ".safetensors" or file_type(file) != "pickle":
+        return read_tensors(file)
+    warnings.warn(f"{file.name} is a pickle file; only its tensors are read. Prefer .safetensors", stacklevel=4)
+    return pickled_tensors(file), {}
+
+
+def weights_of(state_dict: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    """One component's weights under our names, from its own file or from a checkpoint that holds it among others.
+
+    Raises:
+        ValueError: this is something else; the error says what.
+    """
+    parts = split_checkpoint(state_dict).parts
+    if component in parts:
+        return to_ours(parts[component], component).weights
+    if parts or is_lora(state_dict):
+        found = describe_tensors(infos_of(state_dict), "it")
+        remedy = "give it to load_lora_weights" if found.kind == "lora" else f"give a file of the {component}"
+        raise ValueError(f"this is {found.short()}, not the {TITLES[component]}; {remedy}")
+    return from_original(state_dict, component)
+
+
+def built_on_meta(cls: type[Any], settings: Mapping[str, Any], component: str) -> Any:
+    """`on_meta`, where the settings may come from a file.
+
+    Raises:
+        ValueError: the class cannot be built with them.
+    """
+    try:
+        return on_meta(cls, settings)
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"no {component} can be built from this config ({reason}); check config") from error
 
 
 def on_meta(cls: type[Any], settings: Mapping[str, Any]) -> Any:
@@ -105,9 +150,11 @@ def resolve_config(
     if config is not None:
         return _read_config(config, component)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    for settings in presets.values():
-        if _shapes(on_meta(cls, settings)) == shapes:
-            return dict(settings)
+    size = size_of(shapes, component)
+    if size in presets:
+        return preset(component, str(size))
+    if component_of(shapes) is None:
+        raise ValueError(f"this is {what_else(shapes)}, not the {TITLES[component]}; pass config= for one of your own")
     raise ValueError(
         f"the weights have the shapes of no {component} preset ({', '.join(presets)}); pass config= for their size"
     )
@@ -119,11 +166,16 @@ def single_file_config(cls: type[Any], component: str, path: str | PathLike[str]
     Raises:
         ValueError: its shapes are those of no preset.
     """
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file, torch.device("meta"):
-        weights = {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}
-    return resolve_config(cls, component, None, from_original(weights, component))
+    header = checked_header(path)
+    try:
+        with torch.device("meta"):
+            weights = {name: torch.empty(info.shape) for name, info in header.tensors.items()}
+        weights = weights_of(weights, component)
+        settings = resolve_config(cls, component, read_configs(header.metadata).get(component), weights)
+        check_shapes(_shapes(on_meta(cls, settings)), weights, component)
+        return settings
+    except ValueError as error:
+        raise ValueError(f"weights file {quoted(path)}: {error}") from error
 
 
 def _read_config(config: str | PathLike[str], component: str) -> dict[str, Any]:
@@ -133,7 +185,7 @@ def _read_config(config: str | PathLike[str], component: str) -> dict[str, Any]:
         names = ", ".join(PRESETS[component])
         nearest = difflib.get_close_matches(str(config), PRESETS[component], n=1, cutoff=0.0)
         raise ValueError(f"config {str(config)!r} is neither a preset ({names}; nearest: {nearest[0]!r}) nor a file")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_config(file)
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], component: str) -> None:
@@ -142,7 +194,17 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], component: str) -
     Raises:
         ValueError: naming the first weight that is missing, unknown or of another shape.
     """
-    expected, found = _shapes(model), {name: tuple(value.shape) for name, value in weights.items()}
+    check_shapes(_shapes(model), weights, component)
+    check_kinds(weights, model.state_dict(), component)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], component: str) -> None:
+    """Passes when names and shapes of the weights are the expected ones.
+
+    Raises:
+        ValueError: naming the first weight that is missing, unknown or of another shape.
+    """
+    found = {name: tuple(value.shape) for name, value in weights.items()}
     for name in expected:
         if name not in found:
             raise ValueError(
@@ -160,6 +222,17 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], component: str) -
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _check_types(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Passes when layers can compute with the weights as they will be.
+
+    Raises:
+        ValueError: they are float8, and no other type is asked for.
+    """
+    stored = next((value.dtype for value in weights.values() if str(value.dtype).startswith("torch.float8")), None)
+    if stored is not None and dtype is None:
+        raise ValueError(f"the weights are {str(stored).removeprefix('torch.')}; pass torch_dtype=torch.bfloat16")
 
 
 def _placed(value: Tensor, dtype: torch.dtype | None, device: str | torch.device | None) -> Tensor:

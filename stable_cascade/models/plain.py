@@ -67,6 +67,33 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return to_channels_last(resized).to(x.dtype)
 
 
+def widen(x: Tensor) -> Tensor:
+    """`x` as it travels from block to block: in float32 where the weights are float16.
+
+    The released prior's last blocks make it larger than float16 can hold. Every layer sees it normalised, so that the
+    layers themselves can be float16.
+    """
+    return x.float() if x.dtype is torch.float16 else x
+
+
+def narrow(x: Tensor, weight: Any) -> Tensor:
+    """`x` for a layer with these weights: in float16, within its range, where they are float16; as it is elsewhere."""
+    if weight.dtype is not torch.float16 or x.dtype is torch.float16:
+        return x
+    return x.clamp(-65504.0, 65504.0).half()
+
+
+def project_wide(layer: Any, x: Tensor) -> Tensor:
+    """`layer(x)`; of a float16 layer the float32 result, 64 times as large as float16 could hold.
+
+    The factor is a power of two, so that nothing is rounded by it.
+    """
+    if not is_plain(layer, nn.Linear) or layer.weight.dtype is not torch.float16:
+        return saturate(layer(x))
+    product = F.linear(x * 2.0**-6, layer.weight).float() * 2.0**6
+    return product if layer.bias is None else product + layer.bias.float()
+
+
 def saturate(x: Tensor) -> Tensor:
     """`x`, with float16 infinities replaced by the largest float16, so that the next norm stays finite."""
     if x.dtype is not torch.float16:

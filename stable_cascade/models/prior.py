@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -16,6 +17,7 @@ from .blocks import layer_norm
 from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_tokens, read_out
 from .initialisation import initialise
 from .modulation import blocks_of, embed_times, joined_mappers, modulate
+from .prompt_windows import attended_tokens
 from .unet import NO_SPLIT, Conditions, Run, add_stack, keys_values, run_stack
 
 TEXT_TOKENS = 77
@@ -93,15 +95,28 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
             nn.init.normal_(mapper.weight, std=0.02)
 
     def encode_conditions(
-        self, clip_text_pooled: Tensor, clip_text: Tensor | None = None, clip_img: Tensor | None = None
+        self,
+        clip_text_pooled: Tensor,
+        clip_text: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        image_weights: Tensor | None = None,
     ) -> Conditions:
         """What does not depend on the step: pass it as `conditions=` for every step of a sampling run.
 
-        It holds for the weights of now (adapters, dtype, device) and for any size of the sample.
+        It holds for the weights of now (adapters, dtype, device) and for any size of the sample. Zeros at the end of a
+        row of `clip_text` fill it up to the longest of the batch: nothing attends to them.
+
+        Args:
+            image_weights: (n,), how much each image of `clip_img` counts: 1 as it is, 0 like none.
         """
         tokens = self._tokens(clip_text_pooled, clip_text, clip_img)
+        if clip_img is not None and image_weights is not None:
+            tokens = self._weighted(tokens, image_weights)
+        attended = None if clip_text is None else attended_tokens(clip_text)
+        if attended is not None:  # pooled text and images follow the text, and always count
+            attended = F.pad(attended, (0, tokens.shape[1] - attended.shape[1]), value=True)
         joined = joined_mappers(self, torch.float64 if tokens.dtype is torch.float64 else torch.float32)
-        return Conditions(tokens, keys_values(self, tokens), joined)
+        return Conditions(tokens, keys_values(self, tokens, attended), joined)
 
     def forward(
         self,
@@ -152,6 +167,22 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
             map_tokens(self.clip_img_mapper, as_sequence(image), config.conditioning_dim),
         ]
         return nn.functional.silu(self.clip_norm(torch.cat(parts, dim=1)))
+
+    def _weighted(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """The tokens, those of each image on the way from no image (0) to their own (1).
+
+        The embedding itself cannot be weighed: the norm after its mapping takes any factor out again.
+
+        Shapes: (B, L, conditioning_dim), the image tokens last; (n,) -> (B, L, conditioning_dim).
+        """
+        config, count = self.config, len(weights)
+        zeros = tokens.new_zeros(1, 1, config.clip_image_in_channels)
+        absent = nn.functional.silu(
+            self.clip_norm(map_tokens(self.clip_img_mapper, zeros, config.conditioning_dim))
+        ).repeat(1, count, 1)
+        text, image = tokens.split([tokens.shape[1] - absent.shape[1], absent.shape[1]], dim=1)
+        share = weights.to(tokens).repeat_interleave(absent.shape[1] // count)[:, None]
+        return torch.cat([text, torch.lerp(absent.expand_as(image), image, share)], dim=1)
 
     def fuse_qkv_projections(self) -> None:
         """Lays query, key and value weights of each block next to each other, which makes large networks run faster.

@@ -1,4 +1,7 @@
-"""Captions to the three tensors that every stage is conditioned on, for trainers and pipelines alike."""
+"""Captions to the three tensors that every stage is conditioned on, cut to CLIP's length as trainings cut them.
+
+Pipelines cut nothing: `prompt_windows.py`.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,3 @@ class TextEmbedder(nn.Module):
         """
         hidden, pooled, _ = encode_prompts(self.text_encoder, self.tokenizer, captions, device)
         return hidden, pooled
-
-
-def cut_captions(tokenizer: Any, captions: Sequence[str]) -> list[str]:
-    """The captions that CLIP's length cuts off; what lies beyond it has no effect on the picture."""
-    lengths = [len(tokenizer(caption).input_ids) for caption in captions]
-    return [caption for caption, length in zip(captions, lengths, strict=True) if length > tokenizer.model_max_length]

@@ -23,7 +23,7 @@ from .blocks import (
     layer_norm,
 )
 from .modulation import blocks_of
-from .plain import pointwise, resize, saturate, to_channels_first, to_channels_last
+from .plain import narrow, pointwise, resize, saturate, to_channels_first, to_channels_last, widen
 
 NO_SPLIT = ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock", "SDCascadeFeedForwardBlock"]
 # A network with the submodules named above; type checkers see a module's attributes as tensors or modules only.
@@ -45,8 +45,8 @@ class Conditions:
     """What a network makes of its conditions once per sampling run, for any number of steps at fixed weights.
 
     `tokens` are the activated conditioning tokens (B, L, conditioning_dim); `keys_values` has, per attention block,
-    what it made of them; `modulation` the joined weights of the timestep blocks; `effnet` and `pixels` are the
-    decoder's, `maps` their images on the grids seen so far.
+    what it made of them, and which of them count where not all do; `modulation` the joined weights of the timestep
+    blocks; `effnet` and `pixels` are the decoder's, `maps` their images on the grids seen so far.
     """
 
     tokens: Tensor
@@ -55,6 +55,17 @@ class Conditions:
     effnet: Tensor | None = None
     pixels: Tensor | None = None
     maps: dict[tuple[int, int], Tensor] | None = None
+
+    def first(self, rows: int) -> Conditions:
+        """The conditions of the first rows alone: those of a guided batch without its unconditional half."""
+        return Conditions(
+            self.tokens[:rows],
+            {key: tuple(part[:rows] for part in parts) for key, parts in self.keys_values.items()},
+            self.modulation,
+            None if self.effnet is None else self.effnet[:rows],
+            None if self.pixels is None else self.pixels[:rows],
+            None if self.maps is None else {},
+        )
 
 
 @dataclass
@@ -173,9 +184,13 @@ def _repeats(config: dict[str, Any], level: int, side: str) -> nn.ModuleList:
     return nn.ModuleList(nn.Conv2d(c, c, kernel_size=1) for _ in range(count))
 
 
-def keys_values(model: Stack, tokens: Tensor) -> dict[str, KeysValues]:
-    """Keys and values of the conditioning tokens for every attention block, by key."""
-    return {key: block(None, tokens) for key, block in blocks_of(model, "attention")}
+def keys_values(model: Stack, tokens: Tensor, attended: Tensor | None = None) -> dict[str, KeysValues]:
+    """Keys and values of the conditioning tokens for every attention block, by key.
+
+    Shapes: (B, L, conditioning_dim), `attended` (B, L) bool: the tokens that count, all of them where None.
+    """
+    made = {key: block(None, tokens) for key, block in blocks_of(model, "attention")}
+    return made if attended is None else {key: (*pair, attended) for key, pair in made.items()}
 
 
 def run_stack(model: Stack, x: Tensor, run: Run) -> Tensor:
@@ -197,9 +212,10 @@ def rescale(scaler: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(scaler, nn.Sequential):
         return x
     norm, layer = scaler
+    normalised = narrow(norm(x), next(layer.parameters()))
     if isinstance(layer, UpDownBlock2d):
-        return layer(norm(x))
-    return to_channels_last(layer(to_channels_first(norm(x))))
+        return widen(layer(normalised))
+    return widen(to_channels_last(layer(to_channels_first(normalised))))
 
 
 def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | None, run: Run) -> Tensor:
@@ -214,7 +230,7 @@ def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | N
             step = _layer(keyed, skip if start == 0 else None, run)
             x = model._gradient_checkpointing_func(step, x) if checkpointed else step(x)
         if repeat < len(mappers):
-            x = saturate(pointwise(mappers[repeat], x))
+            x = widen(saturate(pointwise(mappers[repeat], narrow(x, mappers[repeat].weight))))
     return x
 
 

@@ -6,23 +6,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "StableCascadeCombinedPipeline": "diffusers_names",
     "StableCascadeDecoderPipeline": "decoder",
     "StableCascadePipeline": "text_to_image",
     "StableCascadePriorPipeline": "prior",
     "StableCascadePriorPipelineOutput": "outputs",
     "StableCascadeReconstructionPipeline": "reconstruction",
+    "outpaint": "outpainting",
 }
 
 __all__ = [
+    "StableCascadeCombinedPipeline",
     "StableCascadeDecoderPipeline",
     "StableCascadePipeline",
     "StableCascadePriorPipeline",
     "StableCascadePriorPipelineOutput",
     "StableCascadeReconstructionPipeline",
+    "outpaint",
 ]
 
 if TYPE_CHECKING:
     from .decoder import StableCascadeDecoderPipeline
+    from .diffusers_names import StableCascadeCombinedPipeline
+    from .outpainting import outpaint
     from .outputs import StableCascadePriorPipelineOutput
     from .prior import StableCascadePriorPipeline
     from .reconstruction import StableCascadeReconstructionPipeline

@@ -12,7 +12,9 @@ from .sampling import OnStep
 CALLBACK_TENSORS = ["latents", "clean"]
 
 
-def step_callback(pipeline: Any, callback: Callable[..., Any] | None, names: Sequence[str]) -> OnStep | None:
+def step_callback(
+    pipeline: Any, callback: Callable[..., Any] | None, names: Sequence[str], prefix: str = ""
+) -> OnStep | None:
     """`callback(pipeline, step, time, tensors)` as the loop calls it; what it returns replaces the tensors.
 
     `latents` are the noised latents, `clean` what the step takes the result to be, fit for previews.
@@ -23,7 +25,7 @@ def step_callback(pipeline: Any, callback: Callable[..., Any] | None, names: Seq
     unknown = [name for name in names if name not in CALLBACK_TENSORS]
     if unknown:
         allowed = ", ".join(CALLBACK_TENSORS)
-        raise ValueError(f"callback_on_step_end_tensor_inputs '{unknown[0]}' is not one of {allowed}")
+        raise ValueError(f"{prefix}callback_on_step_end_tensor_inputs '{unknown[0]}' is not one of {allowed}")
     if callback is None:
         return None
 

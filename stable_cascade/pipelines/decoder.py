@@ -9,15 +9,20 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Generator, Tensor
 
+from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
+
 from .callbacks import CALLBACK_TENSORS, step_callback
 from .folders import FromFolderMixin
-from .inputs import check_count, check_sampling, check_size, resolve_generator
-from .outputs import check_output_type, to_pictures
-from .prompts import PromptArguments, encode
-from .sampling import Settings, decode_vq, sample_vq, start_noise, vq_noise_shape
+from .inputs import check_size
+from .outputs import check_output_type
+from .prompts import PromptArguments
+from .source import Source, read_source
+from .stages import begin, decode, draw_vq, embed_text, stage_settings
 
 
-class StableCascadeDecoderPipeline(FromFolderMixin, DiffusionPipeline):  # type: ignore[misc]
+class StableCascadeDecoderPipeline(  # type: ignore[misc]
+    FromFolderMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+):
     """Semantic latents to pictures.
 
     Args:
@@ -52,29 +57,28 @@ class StableCascadeDecoderPipeline(FromFolderMixin, DiffusionPipeline):  # type:
         self,
         image_embeddings: Tensor | list[Tensor],
         prompt: str | list[str] | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7,
+        *,
+        height: int | None = None, width: int | None = None,
+        image: Any = None, mask_image: Any = None,
+        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | list[str] | None = None,
-        prompt_embeds_pooled: Tensor | None = None,
-        negative_prompt_embeds_pooled: Tensor | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generator | Sequence[Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        prompt_embeds: Tensor | None = None, prompt_embeds_pooled: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_pooled: Tensor | None = None,
+        num_images_per_prompt: int = 1, generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Pictures of semantic latents, `num_images_per_prompt` of each in a row.
 
         Args:
             image_embeddings: semantic latents (B, 16, h, w), what the prior pipeline returns.
             prompt: one for all latents, or one each; without any, no text.
+            prompt_embeds, negative_prompt_embeds: taken as in diffusers, beside the pooled ones, which alone are read.
             height, width: of the picture; by default what the latents stand for.
+            image, mask_image: a picture, and white where it is drawn anew; the rest of it is kept.
             latents: the noise to start from, of Stage A's latents.
             output_type: `pil`, `np`, `pt`, or `latent` for Stage A's latents.
 
@@ -85,36 +89,25 @@ class StableCascadeDecoderPipeline(FromFolderMixin, DiffusionPipeline):  # type:
         multiple = self.config["resolution_multiple"] or 4 * self.config["latent_dim_scale"]
         height = _side(semantic.shape[-2], multiple) if height is None else height
         width = _side(semantic.shape[-1], multiple) if width is None else width
-        check_size(height, width)
-        check_sampling(num_inference_steps, guidance_scale, guidance_rescale)
-        check_count(num_images_per_prompt)
+        source = _source(image, mask_image, height, width)
+        settings = stage_settings(num_inference_steps, guidance_scale, guidance_rescale, guidance_interval)
         check_output_type(output_type)
-        if prompt is None and prompt_embeds_pooled is None:
-            prompt = ""
+        _check_pair("", prompt_embeds, prompt_embeds_pooled)
+        _check_pair("negative_", negative_prompt_embeds, negative_prompt_embeds_pooled)
         arguments = PromptArguments(
-            prompt=prompt,
+            prompt="" if prompt is None and prompt_embeds_pooled is None else prompt,
             negative_prompt=negative_prompt,
             prompt_embeds_pooled=prompt_embeds_pooled,
             negative_prompt_embeds_pooled=negative_prompt_embeds_pooled,
             pooled_only=True,
         ).for_count(len(semantic))
+        call = begin(self, source, arguments, num_images_per_prompt, generator)
         on_step = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        semantic = semantic.repeat_interleave(num_images_per_prompt, dim=0)
-        generators = resolve_generator(generator, len(semantic))
-        device = self._execution_device
-        settings = Settings(num_inference_steps, guidance_scale, guidance_rescale)
-        text = encode(
-            arguments, self.text_encoder, self.tokenizer, device, guided=settings.guided, copies=num_images_per_prompt
-        )
-        shape = vq_noise_shape(self.decoder, self.vqgan, height, width)
-        noise = start_noise(shape, len(semantic), generators, device, latents)
-        vq_latents = sample_vq(
-            self.decoder, self.scheduler, noise, text, semantic.to(device), settings,
-            generator=generators, progress=self.progress_bar, on_step=on_step,
-        )  # fmt: skip
-        pictures: Any = vq_latents
-        if output_type != "latent":
-            pictures = to_pictures(decode_vq(self.vqgan, vq_latents, height, width), output_type)
+
+        text = embed_text(self, call, settings)
+        semantic = semantic.repeat_interleave(num_images_per_prompt, dim=0).to(call.device)
+        vq_latents = draw_vq(self, call, text, semantic, settings, latents=latents, on_step=on_step)
+        pictures = decode(self, call, vq_latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
@@ -131,6 +124,18 @@ def semantic_batch(image_embeddings: Any) -> Tensor:
         shape = tuple(getattr(image_embeddings, "shape", ())) or type(image_embeddings).__name__
         raise ValueError(f"image_embeddings are {shape}; give semantic latents of shape (batch, channels, h, w)")
     return image_embeddings
+
+
+def _check_pair(sign: str, hidden: Tensor | None, pooled: Tensor | None) -> None:
+    if hidden is not None and pooled is None:
+        raise ValueError(f"{sign}prompt_embeds needs {sign}prompt_embeds_pooled, which Stage B reads; give both")
+
+
+def _source(image: Any, mask_image: Any, height: int, width: int) -> Source:
+    if image is not None and mask_image is None:
+        raise ValueError("image is given without mask_image; Stage B keeps what a mask says, give both or neither")
+    check_size(height, width)
+    return read_source(image, mask_image, None, height, width, side=height)
 
 
 def _side(latents: int, multiple: float) -> int:

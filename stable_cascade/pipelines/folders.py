@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-INDEX = "model_index.json"
+from stable_cascade.formats.json_files import read_config
+from stable_cascade.wording import brief, quoted
+
+from .hub import HUB_OPTIONS
+from .places import WITHOUT_WEIGHTS, check_places, find, folders_of, has_variant, small_networks
+
+logger = logging.getLogger(__name__)
 
 # What each component is; the class that a folder's index names is not trusted, so that nothing else is imported.
 COMPONENTS = {
@@ -19,6 +26,7 @@ COMPONENTS = {
     "vqgan": ("stable_cascade.models", "StableCascadeVQGAN"),
     "semantic_encoder": ("stable_cascade.models", "StableCascadeImageEncoder"),
     "previewer": ("stable_cascade.models", "StableCascadePreviewer"),
+    "controlnet": ("stable_cascade.models", "StableCascadeControlNet"),
     "scheduler": ("stable_cascade.schedulers", "StableCascadeScheduler"),
     "prior_scheduler": ("stable_cascade.schedulers", "StableCascadeScheduler"),
     "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
@@ -26,9 +34,9 @@ COMPONENTS = {
     "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
     "feature_extractor": ("transformers", "CLIPImageProcessorPil"),
 }
-PRIOR_PARTS = ("prior", "prior_scheduler", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 PRIOR_SHIFT = 2.0
+_WITHOUT_EFFECT = ("low_cpu_mem_usage", "use_safetensors", "disable_mmap", "load_connected_pipeline")
+"""Arguments of diffusers that ask for what is always done here."""
 
 
 class FromFolderMixin:
@@ -44,8 +52,9 @@ class FromFolderMixin:
         pretrained_model_name_or_path: str | Path,
         *,
         prior_pretrained_model_name_or_path: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         variant: str | None = None,
+        lite: bool | str | Sequence[str] = False,
         **kwargs: Any,
     ) -> Any:
         """A pipeline from a folder, or a Hub repository, in diffusers' layout.
@@ -54,121 +63,124 @@ class FromFolderMixin:
             pretrained_model_name_or_path: a whole cascade, or Stability's `stable-cascade` or `stable-cascade-prior`.
             prior_pretrained_model_name_or_path: where Stage C's parts are, when the first has none; by default the
                 first with `-prior` appended.
-            torch_dtype: of the networks; schedulers keep float32.
-            variant: `bf16` and the like, part of the weights' file names.
+            torch_dtype: of the networks, or of each by name and of the others as `default`; by default float32.
+            variant: `bf16` and the like, part of the weights' file names; a component without it is loaded plain.
+            lite: True for the small networks of both stages, `prior_lite` and `decoder_lite`, or the names of those
+                that are to be small, `("prior",)`.
             **kwargs: components by name to use instead of the folder's, config values, and Hub options (revision,
                 token, cache_dir, local_files_only).
 
         Raises:
-            ValueError: a component is in no folder, or an unknown keyword.
+            ValueError: a component is in no folder, no component has the variant, or an unknown keyword.
         """
         needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        torch_dtype = kwargs.pop("dtype", torch_dtype)
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
         unknown = sorted(set(kwargs) - set(needed) - set(settings))
         if unknown:
             nearest = difflib.get_close_matches(unknown[0], [*needed, *settings, *HUB_OPTIONS], n=1, cutoff=0)
             raise ValueError(f"from_pretrained has no argument '{unknown[0]}'; nearest: '{nearest[0]}'")
         missing = [name for name in needed if name not in kwargs]
-        folder = _folder(pretrained_model_name_or_path, missing, variant, hub)
-        index = _index(folder)
-        prior_folder = prior_pretrained_model_name_or_path
-        if prior_folder is None and "prior" in missing and _place(folder, "prior", index) is None:
-            prior_folder = f"{pretrained_model_name_or_path}-prior"
-        folders = [(folder, index)]
-        if prior_folder is not None:
-            prior_folder = _folder(prior_folder, [name for name in missing if name in PRIOR_PARTS], variant, hub)
-            folders.insert(0, (prior_folder, _index(prior_folder)))
-        parts = {}
-        for name in missing:
-            optional = name in cls._optional_components  # type: ignore[attr-defined]
-            parts[name] = _component(cls.__name__, name, folders, optional, torch_dtype, variant)
-        values = {key: value for key, value in index.items() if key in settings}
+        small = small_networks(lite, missing)
+        folders = folders_of(
+            pretrained_model_name_or_path, prior_pretrained_model_name_or_path, missing, small, variant, hub
+        )
+        optional: Sequence[str] = cls._optional_components  # type: ignore[attr-defined]
+        places = {name: find(cls.__name__, name, folders, small) for name in missing}
+        check_places(cls.__name__, places, optional, folders, variant, small)
+        parts: dict[str, Any] = dict.fromkeys(places)
+        for name, place in places.items():
+            if place is not None:
+                of_prior = name == "prior_scheduler" or "Prior" in cls.__name__
+                parts[name] = load_folder(name, place, dtype_of(torch_dtype, name), variant, of_prior=of_prior)
+        values = {key: value for _, index in folders for key, value in index.items() if key in settings}
         return cls(**(values | parts | kwargs))
 
+    @classmethod
+    def from_single_file(cls, *files: str | Path, **kwargs: Any) -> Any:
+        """A pipeline from single files: ComfyUI's checkpoints, or the original's files.
+
+        Args:
+            *files: weights files, Stage C's and Stage B's first; each is recognised by what is in it, and one may hold
+                several components.
+            **kwargs: `stage_c`, `stage_b`: these two by name. Components by name: a file, a folder, a Hub name, or the
+                component itself; `tokenizer` is in no weights file. `config`: a pipeline's folder, or component ->
+                config, for networks of one's own size. `torch_dtype` as in `from_pretrained`, and config values.
+
+        Raises:
+            ValueError: a file holds something else than its name says, or components are missing.
+        """
+        from .single_file import pipeline_of_files
+
+        return pipeline_of_files(cls, files, **kwargs)
+
     def register_components(self, **components: Any) -> None:
-        """Registers the components; a DDPMWuerstchenScheduler becomes ours."""
+        """Registers the components; diffusers' scheduler and networks become ours."""
         for name in ("scheduler", "prior_scheduler"):
             if type(components.get(name)).__name__ == "DDPMWuerstchenScheduler":
                 of_prior = name == "prior_scheduler" or ("prior" in components and "decoder" not in components)
-                components[name] = _scheduler(dict(components[name].config), of_prior)
+                components[name] = own_scheduler(dict(components[name].config), of_prior)
+        for name in ("prior", "decoder", "vqgan"):
+            if type(components.get(name)).__name__ in ("StableCascadeUNet", "PaellaVQModel"):
+                components[name] = _own_network(name, components[name])
         self.register_modules(**components)
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    return json.loads(path.read_text()) if path.exists() else {}
+def dtype_of(dtype: torch.dtype | dict[str, torch.dtype] | None, name: str) -> torch.dtype:
+    """The type meant for a component, float32 where none is."""
+    meant = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+    return meant or torch.float32
 
 
-def _folder(name: str | Path, parts: list[str], variant: str | None, hub: dict[str, Any]) -> Path:
-    """The local folder, or the Hub repository's, downloaded as far as the parts need it."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
-        raise ValueError(f"'{name}' is no folder and no Hub name; give a folder in diffusers' layout, or 'owner/name'")
-    from huggingface_hub import snapshot_download
+def load_folder(name: str, place: Path, dtype: torch.dtype, variant: str | None, *, of_prior: bool) -> Any:
+    """A component from its folder.
 
-    wanted = [INDEX]
-    for part in [*parts, "scheduler"]:
-        weights = f"*.{variant}.safetensors*" if variant else "*model.safetensors*"
-        wanted += [f"{part}/*.json", f"{part}/*.txt", f"{part}/{weights}", f"{part}/*-0000*.safetensors"]
-    hub = {key: value for key, value in hub.items() if key != "proxies"}
-    return Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
-
-
-def _place(folder: Path, name: str, index: dict[str, Any]) -> Path | None:
-    """Where a folder keeps a component; None when it has none or says that there is none."""
-    if index.get(name, ["", ""]) in ([None, None], None) or not (folder / name).is_dir():
-        return None
-    return folder / name
-
-
-def _component(
-    pipeline: str,
-    name: str,
-    folders: list[tuple[Path, dict[str, Any]]],
-    optional: bool,
-    dtype: torch.dtype | None,
-    variant: str | None,
-) -> Any:
-    for position, (folder, index) in enumerate(folders):
-        # Stage C's parts come from its own folder when there is one, the others never do.
-        if len(folders) > 1 and position == 0 and name not in PRIOR_PARTS:
-            continue
-        for alias in _aliases(pipeline, name, index, own_folder=len(folders) > 1 and position == 0):
-            place = _place(folder, alias, index)
-            if place is not None:
-                return _load(name, place, dtype, variant, of_prior=name == "prior_scheduler" or "Prior" in pipeline)
-    if optional:
-        return None
-    where = " or ".join(f"'{folder}'" for folder, _ in folders)
-    raise ValueError(f"{pipeline} needs '{name}', and {where} has no such folder; pass {name}=…")
-
-
-def _aliases(pipeline: str, name: str, index: dict[str, Any], *, own_folder: bool) -> tuple[str, ...]:
-    """Folders in which a component may lie: Stage C's scheduler is `scheduler` where Stage C lives alone."""
-    alone = own_folder or "decoder" not in index
-    if name == "prior_scheduler" and alone:
-        return ("prior_scheduler", "scheduler")
-    if name == "scheduler" and "Prior" in pipeline:
-        return ("prior_scheduler", "scheduler") if alone else ("prior_scheduler",)
-    return (name,)
-
-
-def _load(name: str, place: Path, dtype: torch.dtype | None, variant: str | None, *, of_prior: bool) -> Any:
+    Raises:
+        ValueError: a file is missing, damaged or of another network.
+    """
     module, cls_name = COMPONENTS[name]
-    if name.endswith("scheduler"):
-        return _scheduler(json.loads((place / "scheduler_config.json").read_text()), of_prior)
-    cls = getattr(importlib.import_module(module), cls_name)
-    if name in ("tokenizer", "feature_extractor"):
-        return cls.from_pretrained(place)
-    key = "dtype" if module == "transformers" else "torch_dtype"
-    return cls.from_pretrained(place, variant=variant, **({key: dtype} if dtype is not None else {}))
+    if name == "controlnet" and (place / "0").is_dir():
+        cls_name = "StableCascadeMultiControlNet"
+    if variant is not None and name not in WITHOUT_WEIGHTS and place.is_dir() and not has_variant(place, variant):
+        logger.warning("%s has no weights of the variant '%s'; its plain ones are loaded", place.name, variant)
+        variant = None
+    try:
+        if place.is_file():
+            cls = getattr(importlib.import_module(module), cls_name)
+            return cls.from_single_file(place, torch_dtype=dtype)
+        if name.endswith("scheduler"):
+            return own_scheduler(read_config(place / "scheduler_config.json"), of_prior)
+        for config in place.glob("**/config.json"):
+            read_config(config)
+        cls = getattr(importlib.import_module(module), cls_name)
+        if name in ("tokenizer", "feature_extractor"):
+            return cls.from_pretrained(place)
+        # transformers would take the type that config.json notes, and the parts would differ.
+        key = "dtype" if module == "transformers" else "torch_dtype"
+        return cls.from_pretrained(place, variant=variant, **{key: dtype})
+    except MemoryError:
+        raise
+    except Exception as error:  # what diffusers, transformers and tokenizers make of damaged files
+        reason = brief(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(
+            f"{quoted(place)} holds no {cls_name} that can be read ({reason}); get the folder again"
+        ) from error
 
 
-def _scheduler(config: dict[str, Any], of_prior: bool) -> Any:
+def own_scheduler(config: dict[str, Any], of_prior: bool) -> Any:
     """Our scheduler from its own config, or from diffusers', which lacks the shift that Stage C is sampled with."""
     from stable_cascade.schedulers import StableCascadeScheduler
 
     shift = {} if "shift" in config or not of_prior else {"shift": PRIOR_SHIFT}
     return StableCascadeScheduler.from_config(config, **shift)
+
+
+def _own_network(name: str, network: Any) -> Any:
+    """Our network with the weights of diffusers' one, which are not copied."""
+    from stable_cascade.models.loading import on_meta
+
+    module, cls_name = COMPONENTS[name]
+    model = on_meta(getattr(importlib.import_module(module), cls_name), dict(network.config))
+    model.load_state_dict(network.state_dict(), strict=True, assign=True)
+    return model.train(network.training)

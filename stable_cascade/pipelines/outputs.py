@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,26 @@ def _pixels(image: Any, name: str) -> Tensor:
         array = np.asarray(image.convert("RGB"), np.float32) / 255
         return torch.from_numpy(array).permute(2, 0, 1)
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3:
-        scale = 255 if image.dtype == np.uint8 else 1
-        return torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1)
+        return in_range(from_array(image), name)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point():
-        return image.float()
+        return in_range(image.float(), name)
     what = f"{type(image).__name__} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
     raise ValueError(f"{name} holds {what}; give PIL pictures, arrays (H, W, 3) or float tensors (3, H, W) in [0, 1]")
+
+
+def from_array(array: np.ndarray) -> Tensor:
+    """An array as float32, whole bytes as parts of 255. Shapes: (..., H, W, C) -> (..., C, H, W)."""
+    pixels = torch.from_numpy(array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1))
+    return pixels.movedim(-1, -3)
+
+
+def in_range(pixels: Tensor, name: str) -> Tensor:
+    """The pixels.
+
+    Raises:
+        ValueError: no pixels, or values far outside [0, 1], as of pictures normalised for a network.
+    """
+    low, high = (pixels.min().item(), pixels.max().item()) if pixels.numel() else (math.nan, math.nan)
+    if not (low >= -0.1 and high <= 1.1):
+        raise ValueError(f"{name} has values from {low:g} to {high:g}, size {tuple(pixels.shape)}; give [0, 1]")
+    return pixels

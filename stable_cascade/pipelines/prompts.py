@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor
 
 from stable_cascade.models.clip_image import clip_pixels
-from stable_cascade.models.text import cut_captions, encode_prompts
 
+from .encoding import encode_texts, same_length, window_counts
 from .inputs import prompt_list
 from .outputs import to_pixels
 from .sampling import Text, repeat_text
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,9 @@ class PromptArguments:
             raise ValueError(f"prompt has {self.count} entries for {count} pictures; give one, or one per picture")
         if self.prompt is not None:
             return replace(self, prompt=self.prompts() * count)
-        pooled = self.prompt_embeds_pooled
-        assert pooled is not None
-        return replace(self, prompt_embeds_pooled=pooled.repeat_interleave(count, dim=0))
+        given = (self.prompt_embeds, self.prompt_embeds_pooled)
+        hidden, pooled = (None if rows is None else rows.repeat_interleave(count, dim=0) for rows in given)
+        return replace(self, prompt_embeds=hidden, prompt_embeds_pooled=pooled)
 
     def negatives(self) -> list[str]:
         """One negative prompt per prompt, empty where none is given."""
@@ -96,29 +93,30 @@ def encode(
     guided: bool,
     copies: int = 1,
 ) -> Text:
-    """The text of a call, one row per image.
+    """The text of a call, one row per image; rows of different lengths end in zeros, which nothing attends to.
 
     Raises:
-        ValueError: something has to be encoded and the pipeline has no text encoder.
+        ValueError: something has to be encoded and the pipeline has no text encoder; a prompt is too long.
     """
     to_negate = guided and arguments.negative_prompt_embeds_pooled is None
-    texts = arguments.prompts() + (arguments.negatives() if to_negate else [])
-    if texts and text_encoder is None:
+    prompts, negatives = arguments.prompts(), arguments.negatives() if to_negate else []
+    if (prompts or negatives) and text_encoder is None:
         raise ValueError("this pipeline has no text_encoder; give prompt_embeds and negative_prompt_embeds")
-    for cut in cut_captions(tokenizer, texts) if texts else []:
-        limit = tokenizer.model_max_length
-        logger.warning("prompt is longer than %d tokens, what is beyond has no effect: '%s'", limit, cut)
-    given: list[Any] = [arguments.prompt_embeds, arguments.prompt_embeds_pooled]
-    negative: list[Any] = [None, None]
+    given: tuple[Any, Any] = arguments.prompt_embeds, arguments.prompt_embeds_pooled
+    negative: tuple[Any, Any] = None, None
     if guided:
-        negative = [arguments.negative_prompt_embeds, arguments.negative_prompt_embeds_pooled]
-    if texts:
-        hidden, pooled, _ = encode_prompts(text_encoder, tokenizer, texts, device)
-        own = len(arguments.prompts())
-        given = [hidden[:own], pooled[:own]] if own else given
-        negative = [hidden[own:], pooled[own:]] if len(texts) > own else negative
-    rows = [_row(row, arguments.count, device) for row in (*given, *negative)]
-    return repeat_text(Text(*rows), copies)  # type: ignore[arg-type]
+        negative = arguments.negative_prompt_embeds, arguments.negative_prompt_embeds_pooled
+    if prompts or negatives:
+        hidden = _row(given[0], arguments.count, device)
+        windows = None if hidden is None else window_counts(hidden, tokenizer)
+        own, against = encode_texts(text_encoder, tokenizer, prompts, negatives, device, windows=windows)
+        given, negative = own or given, against or negative
+    hidden, pooled, negative_hidden, negative_pooled = (
+        _row(row, arguments.count, device) for row in (*given, *negative)
+    )
+    if hidden is not None and negative_hidden is not None:
+        hidden, negative_hidden = same_length(hidden, negative_hidden)
+    return repeat_text(Text(hidden, pooled, negative_hidden, negative_pooled), copies)  # type: ignore[arg-type]
 
 
 def embed_images(images: Any, image_encoder: Any, device: torch.device, *, count: int) -> Tensor:

@@ -6,16 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
 from torch import Generator, Tensor
 
 from .callbacks import CALLBACK_TENSORS
 from .folders import FromFolderMixin
-from .inputs import check_count, check_sampling, check_size, resolve_generator
-from .outputs import check_output_type, to_pictures, to_pixels
-from .prompts import PromptArguments, encode
-from .sampling import Settings, decode_vq, sample_vq, start_noise, vq_noise_shape
+from .inputs import is_number
+from .outputs import to_pixels
+from .prompts import PromptArguments
+from .source import read_source
+from .stages import (
+    begin,
+    check_call,
+    decode,
+    draw_vq,
+    embed_text,
+    encode_semantic,
+    preview_pictures,
+    rough,
+    stage_settings,
+)
+
+MOST_COMPRESSION = 4
+"""Largest `compression`, in strides of the image encoder; Stage B has seen up to 2 in training."""
 
 
 class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  # type: ignore[misc]
@@ -27,7 +41,8 @@ class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  
         resolution_multiple: pixels of the picture per semantic latent, 42.67 as released, 10.67 embedded.
     """
 
-    model_cpu_offload_seq = "text_encoder->semantic_encoder->previewer->decoder->vqgan"  # type: ignore[assignment]
+    # A network makes room for the one after it alone: what every call runs comes last and without a gap.
+    model_cpu_offload_seq = "semantic_encoder->previewer->text_encoder->decoder->vqgan"  # type: ignore[assignment]
     _optional_components = ["previewer"]
     _callback_tensor_inputs = CALLBACK_TENSORS
 
@@ -55,16 +70,16 @@ class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  
         self.register_to_config(resolution_multiple=resolution_multiple)
 
     @torch.no_grad()
-    def encode(self, images: Any) -> Tensor:
-        """Semantic latents of pictures.
+    def encode(self, images: Any, compression: float | None = None) -> Tensor:
+        """Semantic latents of pictures, as many as the prior draws for their size.
 
-        The encoder looks at them at three quarters of their size (as released: 768 px for a picture of 1024), which
-        gives as many latents as the prior draws for that size.
+        Shapes: B pictures -> (B, 16, ceil(H / compression), ceil(W / compression)).
 
-        Shapes: B pictures -> (B, 16, ceil(H / resolution_multiple), ceil(W / resolution_multiple)).
+        Args:
+            compression: pixels per latent, a side; see the call.
         """
         pixels = to_pixels(images).to(self._execution_device)
-        return encode_semantic(self.semantic_encoder, pixels, self.config["resolution_multiple"])
+        return encode_semantic(self.semantic_encoder, pixels, self._multiple(compression))
 
     @torch.no_grad()
     def __call__(
@@ -72,63 +87,63 @@ class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  
         images: Any,
         prompt: str | list[str] = "",
         *,
-        num_inference_steps: int = 10,
-        guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7,
+        compression: float | None = None,
+        height: int | None = None, width: int | None = None,
+        num_inference_steps: int = 10, guidance_scale: float = 1.1,
+        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generator | Sequence[Generator] | None = None,
-        preview: bool = False,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """The pictures rebuilt, at their size, `num_images_per_prompt` times each.
+        num_images_per_prompt: int = 1, generator: Generator | Sequence[Generator] | None = None,
+        preview: bool = False, output_type: str = "pil", return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
+        """The pictures rebuilt, `num_images_per_prompt` times each.
 
         Args:
             images: PIL pictures, arrays (H, W, 3) or tensors (3, H, W) in [0, 1], all of one size.
             prompt: what they show, one for all or one each; helps a little.
+            compression: pixels of the picture per semantic latent, a side: by default `resolution_multiple`, from the
+                image encoder's stride (32 as released, 8 embedded) to four times it. Less keeps more of the picture;
+                beyond twice the stride Stage B has seen nothing in training.
+            height, width: as in `StableCascadePipeline`: by default the pictures' own, in multiples of 8.
             preview: rough pictures from the previewer, at its own size.
 
         Raises:
             ValueError: an argument that means nothing, in one line.
         """
-        pixels = to_pixels(images)
-        height, width = pixels.shape[-2:]
-        check_size(height, width)
-        check_sampling(num_inference_steps, guidance_scale, guidance_rescale)
-        check_count(num_images_per_prompt)
-        check_output_type(output_type)
-        if preview and self.previewer is None:
-            raise ValueError("preview needs a previewer, and this pipeline has none; pass previewer=… when loading")
-        arguments = PromptArguments(prompt, negative_prompt).for_count(len(pixels))
-        count = len(pixels) * num_images_per_prompt
-        generators = resolve_generator(generator, count)
-        device = self._execution_device
-        settings = Settings(num_inference_steps, guidance_scale, guidance_rescale)
-        text = encode(
-            arguments, self.text_encoder, self.tokenizer, device, guided=settings.guided, copies=num_images_per_prompt
-        )
-        semantic = self.encode(pixels).repeat_interleave(num_images_per_prompt, dim=0)
+        if images is None:
+            raise ValueError("images is missing; give the pictures to rebuild")
+        source = read_source(images, None, 0.0, height, width, name="images")
+        check_call(self, source, None, output_type, preview=preview)
+        multiple = self._multiple(compression)
+        settings = stage_settings(num_inference_steps, guidance_scale, guidance_rescale, guidance_interval)
+        arguments = PromptArguments(prompt, negative_prompt)
+        call = begin(self, source, arguments, num_images_per_prompt, generator)
+
+        text = embed_text(self, call, settings)
+        assert call.source.pixels is not None
+        semantic = encode_semantic(self.semantic_encoder, call.source.pixels.to(call.device), multiple)
         if preview:
-            result: Any = semantic if output_type == "latent" else to_pictures(self.previewer(semantic), output_type)
+            result = rough(self.previewer, semantic, output_type)
         else:
-            noise = start_noise(vq_noise_shape(self.decoder, self.vqgan, height, width), count, generators, device)
-            result = sample_vq(
-                self.decoder, self.scheduler, noise, text, semantic, settings,
-                generator=generators, progress=self.progress_bar,
-            )  # fmt: skip
-            if output_type != "latent":
-                result = to_pictures(decode_vq(self.vqgan, result, height, width), output_type)
+            result = decode(self, call, draw_vq(self, call, text, semantic, settings), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
+    @torch.no_grad()
+    def preview_pictures(self, clean: Tensor) -> list[Image.Image]:
+        """Rough pictures of semantic latents. Shapes: (B, 16, h, w) -> B pictures of 8 w x 8 h.
 
-def encode_semantic(semantic_encoder: Any, pixels: Tensor, resolution_multiple: float) -> Tensor:
-    """Semantic latents at the prior's resolution for pictures of this size.
+        Raises:
+            ValueError: the pipeline has no previewer, or these are no semantic latents.
+        """
+        return preview_pictures(self.previewer, clean)
 
-    Shapes: (B, 3, H, W) in [0, 1] -> (B, 16, ceil(H / resolution_multiple), ceil(W / resolution_multiple)).
-    """
-    scale = semantic_encoder.stride / resolution_multiple
-    size = [max(semantic_encoder.stride, round(side * scale)) for side in pixels.shape[-2:]]
-    shrunk = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
-    return semantic_encoder(shrunk).float()
+    def _multiple(self, compression: float | None) -> float:
+        if compression is None:
+            return self.config["resolution_multiple"]
+        stride = self.semantic_encoder.stride
+        if not is_number(compression) or not stride <= compression <= MOST_COMPRESSION * stride:
+            raise ValueError(
+                f"compression {compression} is not from {stride} to {MOST_COMPRESSION * stride}, pixels per semantic "
+                f"latent; {self.config['resolution_multiple']:.4g} is usual here"
+            )
+        return float(compression)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_cascade.diffusion.guidance import guide
@@ -25,11 +27,54 @@ class Settings:
     guidance_scale: float
     guidance_rescale: float = 0.7
     t_start: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    timesteps: tuple[float, ...] | None = None
 
     @property
     def guided(self) -> bool:
-        """Whether there is an unconditional half of the batch."""
+        """Whether the conditions have an unconditional half."""
         return self.guidance_scale > 1
+
+    def guides(self, time: float) -> bool:
+        """Whether guidance acts at a time; the unconditional half runs only then."""
+        low, high = self.guidance_interval
+        return self.guided and low - 1e-6 <= time <= high + 1e-6  # times are float32, the interval is not
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet's residuals, scaled, and the part of the run in which they act.
+
+    Shapes: residuals, each (B, c, h, w) or None. A run goes from 0 to 1 in steps of equal length.
+    """
+
+    residuals: Sequence[Tensor | None]
+    start: float = 0.0
+    end: float = 1.0
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether the whole of a step lies between start and end, as diffusers counts."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What inpainting keeps: clean latents and the noise they are shown with; `repaint` is where they are not kept.
+
+    Shapes: clean, noise (B, C, h, w), repaint (B, 1, h, w) bool.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    repaint: Tensor
+
+    def noised(self, scheduler: Any, state: Tensor, time: Tensor) -> Tensor:
+        """`state`, with the kept latents noised to `time` in their place."""
+        return torch.where(self.repaint, state, scheduler.add_noise(self.clean, self.noise, time))
+
+    def cleaned(self, clean: Tensor) -> Tensor:
+        """`clean`, with the kept latents in their place."""
+        return torch.where(self.repaint, clean, self.clean)
 
 
 @dataclass(frozen=True)
@@ -65,23 +110,35 @@ def sample(
     generator: Generators,
     progress: Callable[..., Any],
     on_step: OnStep | None = None,
-    control: Sequence[Tensor | None] | None = None,
+    control: Sequence[Control] = (),
+    kept: Kept | None = None,
 ) -> Tensor:
     """The clean latents that the last step predicts, float32.
 
     Shapes: (B, C, h, w) -> (B, C, h, w); with guidance `conditions` hold 2 B rows, the unconditional ones last.
 
     Args:
-        control: a ControlNet's residuals, each (B, c, h, w); both halves of a guided batch get the same.
+        latents: noise, or latents noised to `settings.t_start`.
+        control: residuals of ControlNets, which are summed; both halves of a guided batch get the same.
+        kept: what inpainting keeps, put back after every step.
     """
-    extra = {} if control is None else {"control": _for_both(control, settings.guided)}
-    scheduler.set_timesteps(settings.num_inference_steps, device=latents.device, t_start=settings.t_start)
+    times = _times(scheduler, settings, latents.device)
+    steps = len(times) - 1
+    conditional = conditions.first(len(latents)) if settings.guided else conditions
     state = clean = latents.float()
-    with progress(total=settings.num_inference_steps) as bar:
-        for number, time in enumerate(scheduler.timesteps[:-1]):
-            prediction = _predict(network, scheduler, state, time, conditions, settings, extra)
+    if kept is not None:
+        state = kept.noised(scheduler, state, scheduler.timesteps[0])
+    with progress(total=steps) as bar:
+        for number in range(steps):
+            time, guided = scheduler.timesteps[number], settings.guides(times[number])
+            known = conditions if guided else conditional
+            active = [one.residuals for one in control if one.acts(number, steps)]
+            extra = {"control": _summed(active, guided)} if active else {}
+            prediction = _predict(network, scheduler, state, time, known, settings if guided else None, extra)
             output = scheduler.step(prediction, time, state, generator=generator)
             state, clean = output.prev_sample, output.pred_original_sample
+            if kept is not None:
+                state, clean = kept.noised(scheduler, state, scheduler.timesteps[number + 1]), kept.cleaned(clean)
             if on_step is not None:
                 changed = on_step(number, time, {"latents": state, "clean": clean})
                 state, clean = changed.get("latents", state), changed.get("clean", clean)
@@ -89,37 +146,61 @@ def sample(
     return clean
 
 
-def _for_both(control: Sequence[Tensor | None], guided: bool) -> list[Tensor | None]:
-    """The residuals for the whole batch; as in the original, the unconditional half is controlled alike."""
-    return [torch.cat([one, one]) if guided and one is not None else one for one in control]
+def _times(scheduler: Any, settings: Settings, device: torch.device) -> list[float]:
+    """Sets the scheduler's times, on the device, and returns them as numbers."""
+    scheduler.set_timesteps(
+        settings.num_inference_steps, device=device, t_start=settings.t_start, timesteps=settings.timesteps
+    )
+    return scheduler.timesteps.tolist()
+
+
+def _summed(active: Sequence[Sequence[Tensor | None]], guided: bool) -> list[Tensor | None]:
+    """The residuals of all ControlNets together, for both halves of a guided batch.
+
+    As in the original, the unconditional half is controlled alike.
+    """
+    total: list[Tensor | None] = []
+    for parts in zip_longest(*active):
+        present = [part for part in parts if part is not None]
+        one = sum(present[1:], present[0]) if present else None
+        total.append(torch.cat([one, one]) if guided and one is not None else one)
+    return total
 
 
 def _predict(
-    network: Any, scheduler: Any, state: Tensor, time: Tensor, conditions: Any, settings: Settings,
+    network: Any, scheduler: Any, state: Tensor, time: Tensor, conditions: Any, guidance: Settings | None,
     extra: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """The prediction at one time, guided where the settings say so. Shapes: (B, C, h, w) -> (B, C, h, w), float32."""
-    batch = torch.cat([state, state]) if settings.guided else state
+    """The prediction at one time, guided where there is guidance. Shapes: (B, C, h, w) -> (B, C, h, w), float32."""
+    batch = state if guidance is None else torch.cat([state, state])
     ratio = scheduler.noise_condition(time).expand(len(batch))
     (prediction,) = network(batch, ratio, conditions=conditions, return_dict=False, **extra)
-    if not settings.guided:
+    if guidance is None:
         return prediction.float()
     conditional, unconditional = prediction.float().chunk(2)
-    return guide(conditional, unconditional, settings.guidance_scale, rescale=settings.guidance_rescale)
+    return guide(conditional, unconditional, guidance.guidance_scale, rescale=guidance.guidance_rescale)
 
 
 def sample_semantic(
-    prior: Any, scheduler: Any, noise: Tensor, text: Text, image_embeds: Tensor | None, settings: Settings, **run: Any
+    prior: Any,
+    scheduler: Any,
+    noise: Tensor,
+    text: Text,
+    image_embeds: Tensor | None,
+    settings: Settings,
+    *,
+    image_weights: Tensor | None = None,
+    **run: Any,
 ) -> Tensor:
     """Stage C: semantic latents from text and, perhaps, embedded pictures.
 
-    Shapes: noise (B, 16, h, w), image_embeds (B, n, D) -> (B, 16, h, w).
+    Shapes: noise (B, 16, h, w), image_embeds (B, n, D), image_weights (n,) -> (B, 16, h, w).
     """
     if image_embeds is not None and settings.guided:
         image_embeds = torch.cat([image_embeds, torch.zeros_like(image_embeds)])
     bring_in(prior)
     conditions = prior.encode_conditions(
-        text.guided_pooled(settings.guided), text.guided_hidden(settings.guided), image_embeds
+        text.guided_pooled(settings.guided), text.guided_hidden(settings.guided), image_embeds, image_weights
     )
     return sample(prior, scheduler, noise, conditions, settings, **run)
 
@@ -148,10 +229,28 @@ def decode_vq(vqgan: Any, vq_latents: Tensor, height: int, width: int) -> Tensor
     return pixels[..., :height, :width].float().clamp(0, 1)
 
 
+def encode_vq(vqgan: Any, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Stage A's latents of pictures as Stage B draws them, on a grid that may reach beyond their last pixels.
+
+    Shapes: (B, 3, H, W) in [0, 1] -> (B, 4, *size) float32.
+    """
+    latents = vqgan.encode(pad_to(pixels, size, vqgan.stride)).latents
+    return latents.float() / vqgan.config.scale_factor
+
+
+def pad_to(pixels: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Pictures made as large as a grid of latents covers, their last rows and columns repeated.
+
+    Shapes: (B, C, H, W) -> (B, C, size[0] * stride, size[1] * stride).
+    """
+    bottom, right = (cells * stride - side for cells, side in zip(size, pixels.shape[-2:], strict=True))
+    return F.pad(pixels, (0, right, 0, bottom), mode="replicate") if bottom or right else pixels
+
+
 def vq_noise_shape(decoder: Any, vqgan: Any, height: int, width: int) -> tuple[int, int, int]:
     """Shape of one picture's noise for Stage B."""
-    stride = vqgan.config.up_down_scale_factor * 2 ** (vqgan.config.levels - 1)
-    return (decoder.config.in_channels, *vq_size(height, width, stride=stride, patch=decoder.config.patch_size))
+    size = vq_size(height, width, stride=vqgan.stride, patch=decoder.config.patch_size)
+    return (decoder.config.in_channels, *size)
 
 
 def start_noise(

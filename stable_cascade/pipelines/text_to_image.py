@@ -1,4 +1,4 @@
-"""The whole cascade: text to pictures."""
+"""The whole cascade: text, and what else a picture may start from or follow, to pictures."""
 
 from __future__ import annotations
 
@@ -7,33 +7,57 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
 from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
 from .callbacks import CALLBACK_TENSORS, step_callback
+from .control import as_component, read_control
+from .encoding import EncodePromptMixin
 from .folders import FromFolderMixin
-from .inputs import check_count, check_sampling, check_size, default_side, resolve_generator, semantic_size
-from .outputs import check_output_type, to_pictures
-from .prior import image_conditions
-from .prompts import PromptArguments, encode
-from .sampling import Settings, decode_vq, sample_semantic, sample_vq, start_noise, vq_noise_shape
+from .inputs import default_side
+from .prompts import PromptArguments
+from .references import image_conditions
+from .source import read_source
+from .stages import (
+    begin,
+    check_call,
+    control_size,
+    decode,
+    draw_semantic,
+    draw_vq,
+    embed_text,
+    preview_pictures,
+    rough,
+    two_settings,
+)
 
 
-class StableCascadePipeline(FromFolderMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin):  # type: ignore[misc]
+class StableCascadePipeline(  # type: ignore[misc]
+    FromFolderMixin, EncodePromptMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+):
     """Text to pictures through all three stages, or to rough pictures through the previewer.
+
+    What is drawn is a matter of arguments, and they combine: a text (`prompt`), pictures that it should resemble
+    (`images`), a picture to start from (`image`, `strength`), to fill in or to extend (`mask_image`), a control image
+    to follow (`control_image`).
 
     Args:
         prior, prior_scheduler: Stage C, sampled with shift 2.
         decoder, scheduler: Stage B, sampled with shift 1.
         vqgan: Stage A.
         image_encoder: CLIP's, for reference pictures; `feature_extractor` is kept for folders that have one.
-        semantic_encoder: the image encoder of the cascade; carried along, reconstruction uses it.
+        semantic_encoder: the image encoder of the cascade, for pictures to start from.
+        controlnet: a `StableCascadeControlNet`, or a list of several, which becomes `StableCascadeMultiControlNet`.
         resolution_multiple: pixels of the picture per semantic latent, 42.67 as released, 10.67 embedded.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->prior->previewer->decoder->vqgan"  # type: ignore[assignment]
-    _optional_components = ["image_encoder", "feature_extractor", "semantic_encoder", "previewer"]
+    # A network makes room for the one after it alone: what every call runs comes last and without a gap.
+    model_cpu_offload_seq = (  # type: ignore[assignment]
+        "image_encoder->semantic_encoder->controlnet->previewer->text_encoder->prior->decoder->vqgan"
+    )
+    _optional_components = ["image_encoder", "feature_extractor", "semantic_encoder", "previewer", "controlnet"]
     _callback_tensor_inputs = CALLBACK_TENSORS
 
     def __init__(
@@ -49,6 +73,7 @@ class StableCascadePipeline(FromFolderMixin, DiffusionPipeline, StableCascadeLor
         image_encoder: Any = None,
         semantic_encoder: Any = None,
         previewer: Any = None,
+        controlnet: Any = None,
         resolution_multiple: float = 42.67,
     ) -> None:
         super().__init__()
@@ -64,44 +89,50 @@ class StableCascadePipeline(FromFolderMixin, DiffusionPipeline, StableCascadeLor
             image_encoder=image_encoder,
             semantic_encoder=semantic_encoder,
             previewer=previewer,
+            controlnet=as_component(controlnet),
         )
         self.register_to_config(resolution_multiple=resolution_multiple)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | None = None, images: Any = None, height: int | None = None, width: int | None = None,
         *,
-        images: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        prior_num_inference_steps: int = 20,
-        prior_guidance_scale: float = 4.0,
-        num_inference_steps: int = 10,
-        decoder_guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7,
+        image: Any = None, strength: float | None = None, mask_image: Any = None,
+        control_image: Any = None, controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0, control_guidance_end: float | Sequence[float] = 1.0,
+        prior_num_inference_steps: int = 20, prior_guidance_scale: float = 4.0,
+        num_inference_steps: int = 10, decoder_guidance_scale: float = 1.1,
+        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        prompt_embeds_pooled: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds_pooled: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        num_images_per_prompt: int = 1,
-        generator: Generator | Sequence[Generator] | None = None,
-        latents: Tensor | None = None,
-        preview: bool = False,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        prompt_embeds: Tensor | None = None, prompt_embeds_pooled: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_pooled: Tensor | None = None,
+        image_embeds: Tensor | None = None, image_weights: Sequence[float] | None = None,
+        num_images_per_prompt: int = 1, generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None, preview: bool = False, output_type: str = "pil", return_dict: bool = True,
         prior_callback_on_step_end: Callable[..., Any] | None = None,
         prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Pictures for each prompt, `num_images_per_prompt` in a row.
 
         Args:
-            images: reference pictures for CLIP, all of them shown for every prompt.
-            height, width: of the picture, multiples of 8 from 64 up.
+            images: reference pictures for CLIP, all of them shown for every prompt; or `image_embeds`, (n, D).
+            image_weights: how much each reference picture counts: 1 as it is, 0 like none, between and beyond in
+                proportion.
+            height, width: of the picture, multiples of 8 from 64 up; by default those of `image`, rounded down to
+                that around its middle. A picture of another size is resized to cover it, and cropped.
+            image: picture to start from, one for all prompts or one each; PIL, array (H, W, 3), tensor (3, H, W).
+            strength: how far `image` is noised: 0 rebuilds it, 1 starts from noise alone; 0.75, with a mask 1.
+            mask_image: white where `image` is repainted, black where it is kept; every latent that the white touches
+                is drawn anew, and the kept pixels are pasted at the end.
+            control_image: what the ControlNet's filter makes of a picture, best at `control_size(height, width)`, to
+                which others are resized; one for all, one per prompt or one per image, with several ControlNets a list
+                with that of each.
+            controlnet_conditioning_scale: factor of the residuals; as the next two, one or a list for several.
+            control_guidance_start, control_guidance_end: part of Stage C's steps in which a ControlNet acts.
+            guidance_interval: the times t (1 noise, 0 clean) of both stages within which guidance acts.
             generator: one for the batch, or one per image, which then looks the same alone or among others.
             latents: Stage C's noise to start from.
             preview: rough pictures from the previewer, without Stages B and A, at the previewer's own size.
@@ -111,44 +142,56 @@ class StableCascadePipeline(FromFolderMixin, DiffusionPipeline, StableCascadeLor
             ValueError: an argument that means nothing, in one line.
         """
         side = default_side(self.config["resolution_multiple"])
-        height, width = side if height is None else height, side if width is None else width
-        check_size(height, width)
-        check_sampling(prior_num_inference_steps, prior_guidance_scale, guidance_rescale, "prior_")
-        check_sampling(num_inference_steps, decoder_guidance_scale, guidance_rescale, "decoder_")
-        check_count(num_images_per_prompt)
-        check_output_type(output_type)
-        if preview and self.previewer is None:
-            raise ValueError("preview needs a previewer, and this pipeline has none; pass previewer=… when loading")
+        source = read_source(image, mask_image, strength, height, width, side=side)
+        check_call(self, source, latents, output_type, preview=preview)
+        prior_settings, settings = two_settings(
+            prior_num_inference_steps, prior_guidance_scale, num_inference_steps, decoder_guidance_scale,
+            guidance_rescale, guidance_interval,
+        )  # fmt: skip
         arguments = PromptArguments(
             prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,
             negative_prompt_embeds_pooled,
         )  # fmt: skip
-        prior_names = prior_callback_on_step_end_tensor_inputs
-        prior_on_step = step_callback(self, prior_callback_on_step_end, prior_names)
+        call = begin(self, source, arguments, num_images_per_prompt, generator)
+        control = read_control(
+            self, control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
+            count=call.count,
+        )  # fmt: skip
+        names = prior_callback_on_step_end_tensor_inputs
+        prior_on_step = step_callback(self, prior_callback_on_step_end, names, "prior_")
         on_step = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        count = arguments.count * num_images_per_prompt
-        generators = resolve_generator(generator, count)
-        run = {"generator": generators, "progress": self.progress_bar}
-        device = self._execution_device
 
-        prior_settings = Settings(prior_num_inference_steps, prior_guidance_scale, guidance_rescale)
-        settings = Settings(num_inference_steps, decoder_guidance_scale, guidance_rescale)
-        guided = prior_settings.guided or settings.guided
-        text = encode(
-            arguments, self.text_encoder, self.tokenizer, device, guided=guided, copies=num_images_per_prompt
-        )
-        shown = image_conditions(self.image_encoder, images, image_embeds, device, count=count)
-        shape = (self.prior.config.in_channels, *semantic_size(height, width, self.config["resolution_multiple"]))
-        noise = start_noise(shape, count, generators, device, latents)
-        semantic = sample_semantic(
-            self.prior, self.prior_scheduler, noise, text, shown, prior_settings, on_step=prior_on_step, **run
-        )
+        shown = image_conditions(self.image_encoder, images, image_embeds, image_weights, call)
+        text = embed_text(self, call, prior_settings, settings)
+        semantic = draw_semantic(
+            self, self.prior_scheduler, call, text, shown, prior_settings, image_weights=image_weights,
+            latents=latents, control=control, on_step=prior_on_step,
+        )  # fmt: skip
         if preview:
-            result: Any = semantic if output_type == "latent" else to_pictures(self.previewer(semantic), output_type)
+            result = rough(self.previewer, semantic, output_type)
         else:
-            noise = start_noise(vq_noise_shape(self.decoder, self.vqgan, height, width), count, generators, device)
-            result = sample_vq(self.decoder, self.scheduler, noise, text, semantic, settings, on_step=on_step, **run)
-            if output_type != "latent":
-                result = to_pictures(decode_vq(self.vqgan, result, height, width), output_type)
+            vq_latents = draw_vq(self, call, text, semantic, settings, on_step=on_step)
+            result = decode(self, call, vq_latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    @torch.no_grad()
+    def preview_pictures(self, clean: Tensor) -> list[Image.Image]:
+        """Rough pictures of semantic latents, for callbacks that show how a drawing grows.
+
+        `prior_callback_on_step_end_tensor_inputs=["clean"]` gives a callback the latents.
+
+        Shapes: (B, 16, h, w) -> B pictures of 8 w x 8 h.
+
+        Raises:
+            ValueError: the pipeline has no previewer, or these are no semantic latents.
+        """
+        return preview_pictures(self.previewer, clean)
+
+    def control_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width at which a ControlNet saw the pictures of this size in training: three quarters of them.
+
+        A filter that is given a picture of that size makes the control image that fits best.
+        """
+        side = default_side(self.config["resolution_multiple"])
+        return control_size(self, side if height is None else height, side if width is None else width)[0]

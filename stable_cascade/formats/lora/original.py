@@ -1,11 +1,7 @@
-"""Names and layouts of LoRA files, as data: which tool writes which keys, and what they mean on our networks.
-
-Inside the package a LoRA is always PEFT's state dict, `<module>.lora_A.weight` and `<module>.lora_B.weight`.
-"""
+"""The original release's LoRA files: weights by number, q, k and v as one, rows to add to the token embedding."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMPONENTS = ("prior", "decoder", "text_encoder")
-METADATA_KEY = "lora_adapter_metadata"
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+from stable_cascade.wording import quoted
+
+from .keys import POSITIONAL
 
 # The original registers its modules in these orders; its LoRA files number the weights by them and name nothing.
 _TOP_ORDER = (
@@ -76,48 +72,64 @@ def positional_targets(names: Iterable[str], filters: Sequence[str]) -> list[lis
     return list(groups.values())
 
 
-def layout(state_dict: Mapping[str, Tensor]) -> str:
-    """Which tool's key format this is: `peft` or `original`.
+def exact_filters(names: Iterable[str], chosen: Iterable[str], given: Sequence[str] | None = None) -> list[str]:
+    """Module filters that choose just these layers of a network, by the weights that the original numbers.
+
+    Args:
+        names: every layer of the network.
+        chosen: the layers of the LoRA.
+        given: filters to check instead of finding some.
 
     Raises:
-        ValueError: neither.
+        ValueError: no filters do, or the given ones choose others.
     """
-    if any(re.match(r"weights\.\d+\.lora_(up|down)$", key) for key in state_dict):
-        return "original"
-    if any(".lora_A." in key for key in state_dict):
-        return "peft"
-    first = next(iter(state_dict), "nothing at all")
-    raise ValueError(f"LoRA key '{first}' is of no known format; expected '….lora_A.weight' or 'weights.0.lora_down'")
+    names, chosen = list(names), list(chosen)
+    wanted = {original_weight(name) for name in chosen}
+
+    def weights(words: Sequence[str]) -> set[str]:
+        return {original_weight(name) for name in matching_modules(names, words)}
+
+    if given is not None:
+        odd = sorted(weights(given) ^ wanted)
+        if odd:
+            has = "has" if odd[0] in wanted else "lacks"
+            raise ValueError(f"{has} '{odd[0]}', unlike the layers that module_filters {list(given)} choose")
+        return list(given)
+    for likely in _LIKELY_FILTERS:
+        if weights(likely) == wanted:
+            return list(likely)
+    found = _cover(wanted, {word: weights([word]) for word in _words(chosen)})
+    if found is None:
+        raise ValueError(
+            f"updates {len(chosen)} layers that no module_filters choose alone, and the original's format numbers all "
+            "layers of its filters; train it with other filters, or write another format"
+        )
+    return found
 
 
-def split_components(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Entries by component, without its prefix; entries without a prefix belong to the prior."""
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        head, _, rest = key.partition(".")
-        component, key = (head, rest) if head in COMPONENTS else ("prior", key)
-        parts.setdefault(component, {})[key] = value
-    return parts
-
-
-def join_components(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The reverse of `split_components`."""
-    return {f"{component}.{key}": value for component, values in parts.items() for key, value in values.items()}
-
-
-def read_metadata(header: Mapping[str, str] | None) -> dict[str, dict[str, Any]]:
-    """LoraConfig values by component from a safetensors header, empty when there are none."""
-    text = (header or {}).get(METADATA_KEY)
-    return split_components(json.loads(text)) if text else {}
-
-
-def write_metadata(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A safetensors header with the LoraConfig values of each component, in diffusers' layout."""
-    values = {
-        component: {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        for component, config in configs.items()
+def _words(names: Iterable[str]) -> list[str]:
+    """Filters worth trying: the parts of the names of layers."""
+    parts = {
+        f".{part}" if place else part
+        for name in names
+        for spelling in (name, original_weight(name).removesuffix(".weight"))
+        for place, part in enumerate(spelling.split("."))
+        if not part.isdigit()
     }
-    return {"format": "pt", METADATA_KEY: json.dumps(join_components(values), indent=2, sort_keys=True)}
+    return sorted(parts, key=lambda word: (len(word), word))
+
+
+def _cover(wanted: set[str], choices: Mapping[str, set[str]]) -> list[str] | None:
+    """Few words that together choose what is wanted and nothing else; None where there are none."""
+    left, found = set(wanted), []
+    fitting = {word: chosen for word, chosen in choices.items() if chosen <= wanted}
+    while left:
+        best = max(fitting, key=lambda word: len(fitting[word] & left), default=None)
+        if best is None or not fitting[best] & left:
+            return None
+        found.append(best)
+        left -= fitting[best]
+    return found
 
 
 def from_original_lora(
@@ -131,12 +143,12 @@ def from_original_lora(
 
     Args:
         shapes: weight shape of every linear and convolution layer of the network.
-        module_filters: the filters of the training; the file does not store them, the likely ones are tried.
+        module_filters: the filters of the training; where the file does not store them, the likely ones are tried.
 
     Raises:
         ValueError: the weights do not fit the layers in number or shape.
     """
-    pairs = _positional_pairs(state_dict)
+    pairs = positional_pairs(state_dict)
     choices = [tuple(module_filters)] if module_filters else list(_LIKELY_FILTERS)
     problems = []
     for filters in choices:
@@ -147,7 +159,7 @@ def from_original_lora(
         problems.append(problem)
     else:
         hint = "" if module_filters else "; pass the training's module_filters"
-        raise ValueError(f"original LoRA with {len(pairs)} weights does not fit: {problems[0]}{hint}")
+        raise ValueError(f"is an original LoRA with {len(pairs)} weights and does not fit: {problems[0]}{hint}")
     result = {}
     for (down, up), names in zip(pairs, targets, strict=True):
         for name, rows in zip(names, up.chunk(len(names)), strict=True):
@@ -157,18 +169,47 @@ def from_original_lora(
 
 
 def original_tokens(state_dict: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Token id -> what an original file adds to that row of the token embedding."""
-    if "embeddings.indices" not in state_dict:
+    """Token id -> what an original file adds to that row of the token embedding.
+
+    Raises:
+        ValueError: ids and rows do not fit each other.
+    """
+    if "embeddings.indices" not in state_dict and "embeddings.embeddings" not in state_dict:
         return {}
-    return dict(zip(state_dict["embeddings.indices"].tolist(), state_dict["embeddings.embeddings"], strict=True))
+    ids, rows = state_dict.get("embeddings.indices"), state_dict.get("embeddings.embeddings")
+    if ids is None or rows is None:
+        raise ValueError("has one of embeddings.indices and embeddings.embeddings without the other")
+    sound = ids.ndim == 1 and not ids.is_floating_point() and rows.ndim == 2 and len(rows) == len(ids)
+    if not sound or not rows.is_floating_point() or bool((ids.long() < 0).any()):
+        raise ValueError(
+            f"has embeddings.indices {list(ids.shape)} and embeddings.embeddings {list(rows.shape)}; one token id for "
+            "each row is needed"
+        )
+    return dict(zip(ids.tolist(), rows, strict=True))
 
 
-def _positional_pairs(state_dict: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    count = sum(key.startswith("weights.") for key in state_dict) // 2
-    try:
-        return [(state_dict[f"weights.{i}.lora_down"], state_dict[f"weights.{i}.lora_up"]) for i in range(count)]
-    except KeyError as missing:
-        raise ValueError(f"original LoRA lacks {missing}; its weights must be numbered without gaps") from None
+def positional_pairs(state_dict: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(lora_down, lora_up) of `weights.0`, `weights.1`, …
+
+    Raises:
+        ValueError: one is missing, or the two of a pair do not fit each other.
+    """
+    numbers = {int(found[1]) for found in map(POSITIONAL.fullmatch, state_dict) if found}
+    pairs = []
+    for number in range(len(numbers)):
+        down, up = (state_dict.get(f"weights.{number}.lora_{part}") for part in ("down", "up"))
+        if down is None or up is None:
+            part = "down" if down is None else "up"
+            raise ValueError(f"lacks 'weights.{number}.lora_{part}'; its weights must be numbered without gaps")
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not len(down):
+            raise ValueError(
+                f"has weights.{number} with lora_down {list(down.shape)} and lora_up {list(up.shape)}; "
+                "(rank, inputs) and (outputs, rank) are needed"
+            )
+        if not (down.is_floating_point() and up.is_floating_point()):
+            raise ValueError(f"has weights.{number} as {quoted(down.dtype)}, and floating-point values are needed")
+        pairs.append((down, up))
+    return pairs
 
 
 def _misfit(

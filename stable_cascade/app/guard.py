@@ -1,0 +1,97 @@
+"""What stands before Gradio: only the routes that the page needs, bounded bodies, and nothing from other hosts.
+
+Gradio's server can do more than show a page: it fetches addresses for its callers, runs ffmpeg on uploads, and edits
+the program in its development modes. None of that is reachable here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from .settings import is_loopback
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+READING = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static|svelte)/.+"
+    r"|/gradio_api/(info|app_id|theme\.css|queue/data|upload_progress|heartbeat/[\w-]+)/?"
+    r"|/gradio_api/file=(?!(?i:https?:)).+"
+)
+WRITING = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?")
+
+# The browser itself is told to ask nobody else: whatever a later Gradio links to stays unasked.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+HEADERS = ((b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"))
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    Args:
+        application: what it guards.
+        most_bytes: of one request's body.
+        only_this_machine: refuses requests that name another host, as a web page elsewhere would have a browser send.
+    """
+
+    def __init__(self, application: Application, *, most_bytes: int, only_this_machine: bool) -> None:
+        self.application = application
+        self.most_bytes = most_bytes
+        self.only_this_machine = only_this_machine
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answers a refused request itself and passes the others on."""
+        if scope["type"] == "lifespan":
+            return await self.application(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        refusal = self.refusal(scope)
+        if refusal is not None:
+            return await _answer(send, *refusal)
+        await self.application(scope, receive, _with_headers(send))
+
+    def refusal(self, scope: Message) -> tuple[int, str] | None:
+        """Status and text of a request that is not let through."""
+        headers = dict(scope["headers"])
+        if self.only_this_machine and not is_loopback(_host(headers.get(b"host", b""))):
+            return 403, "this page answers to localhost only; start it with --host to open it to others"
+        allowed = {"GET": READING, "HEAD": READING, "POST": WRITING}.get(scope["method"])
+        if allowed is None or not allowed.fullmatch(scope["path"]):
+            return 404, "there is nothing here"
+        if scope["method"] != "POST":
+            return None
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return 411, "say how long the upload is"
+        return (413, "the upload is too large") if int(length) > self.most_bytes else None
+
+
+def _host(header: bytes) -> str:
+    try:
+        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _with_headers(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
+        await send(message)
+
+    return sending
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), *HEADERS]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})

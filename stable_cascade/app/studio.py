@@ -1,0 +1,178 @@
+"""What the page does, without Gradio: draws step by step, stops, shows control images, brings settings back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from .actions import Known, Wish, described, filter_name, random_seed, settings_of, upload, wish
+from .choices import NONE, controlnet_paths, lora_files
+from .form import Form
+from .history import History, values_of
+from .runs import Run, Step, Stopped
+from .settings import PageSettings
+from .uploads import read_settings, read_upload
+
+if TYPE_CHECKING:
+    from stable_cascade.drawing import Session
+
+PAUSE = 0.1
+"""Seconds between two steps that are shown; more of them nobody sees, and each costs the browser a request."""
+_STAGES = {"prior": "Stage C", "decoder": "Stage B"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is to see now: a line, a picture (rough, or a finished file), what was finished so far."""
+
+    line: str
+    seed: int
+    picture: Image.Image | Path | None = None
+    original: Image.Image | None = None
+    finished: tuple[str, ...] = ()
+
+
+class Studio:
+    """One model, and what is drawn with it.
+
+    Args:
+        session: of the model; one drawing at a time.
+        settings: of the page.
+        folder: for pictures, gone when the page ends.
+    """
+
+    def __init__(self, session: Session, settings: PageSettings, folder: Path) -> None:
+        self.session, self.settings, self.folder = session, settings, folder
+        self.history = History(folder / "pictures")
+        self.controlnets = controlnet_paths(settings.controlnets)
+        self._running: dict[str, Run] = {}
+
+    @property
+    def side(self) -> int:
+        """The side of a square picture that the model was trained on."""
+        from stable_cascade.pipelines.inputs import default_side
+
+        return default_side(self.session.pipeline.config["resolution_multiple"])
+
+    def known(self) -> Known:
+        """What can be chosen now; LoRAs that were added meanwhile are among it."""
+        from stable_cascade.controls import filter_names
+
+        return Known(self.read, lora_files(self.settings.lora_dir), self.controlnets, tuple(filter_names()))
+
+    def read(self, path: str, mode: str | None = "RGB") -> Image.Image:
+        """An uploaded picture."""
+        return read_upload(path, mode=mode, largest=self.settings.max_upload_megapixels)
+
+    def draw(self, form: Form, visitor: str) -> Iterator[Progress]:
+        """Draws what the form asks for; every step is told, every picture is kept as soon as it is done.
+
+        Args:
+            visitor: who asks; `stop` with the same name ends it.
+
+        Raises:
+            ValueError: the form asks for something that cannot be drawn.
+        """
+        if form.new_seed:
+            form = replace(form, seed=random_seed())
+        asked = wish(form, self.known(), self.session.drawing)
+        run = Run(lambda on_step: self._each(asked, on_step))
+        self._running[visitor] = run
+        now, told = Progress("starting", asked.drawing.seed), 0.0
+        try:
+            for news in run.news():
+                if isinstance(news, Step) and time.monotonic() - told < PAUSE:
+                    continue
+                now, told = self._told(now, news, asked, form), time.monotonic()
+                yield now
+        except Stopped:
+            yield replace(now, line=f"stopped · {_pictures(len(now.finished))} finished")
+        finally:
+            self._running.pop(visitor, None)
+
+    def stop(self, visitor: str) -> bool:
+        """Ends the visitor's drawing at its next step; False when there is none."""
+        run = self._running.get(visitor)
+        if run is not None:
+            run.stop()
+        return run is not None
+
+    def control_picture(self, form: Form) -> Image.Image | None:
+        """What the ControlNet will be shown, or without one what the chosen filter makes; None without a picture."""
+        if not form.control_image:
+            return None
+        known = self.known()
+        if form.controlnet not in (None, NONE):
+            asked = wish(replace(form, task="control", seed=0, count=1), known, self.session.drawing)
+            return self.session.control_pictures(asked.drawing, asked.pictures)[0]
+        name = filter_name(form, known)
+        picture, _ = upload("control", form.control_image, known)
+        if name is None or form.control_filtered:
+            return picture
+        return filtered(picture, name, self.side)
+
+    def restored(self, name: str) -> tuple[dict[str, Any], list[str], Path]:
+        """The widgets' values of a picture of the history, what could not be restored, and the picture."""
+        entry = self.history.entry(name)
+        values, notes = values_of(entry)
+        return values, notes, entry.path
+
+    def restored_from(self, path: str) -> tuple[dict[str, Any], list[str]]:
+        """The widgets' values that an uploaded PNG carries, and what could not be restored."""
+        drawing = read_settings(path)
+        values, notes = settings_of(drawing, self.known())
+        if drawing.model != self.session.model:
+            notes.append(f"it was drawn with the model {Path(drawing.model).name}")
+        if drawing.task != "generate":
+            notes.append("choose its input picture again")
+        return values, notes
+
+    def _each(self, asked: Wish, on_step: Any) -> Iterator[Any]:
+        if asked.drawing.task == "reconstruct":
+            yield self.session.original(asked.drawing, asked.pictures)
+        yield from self.session.each(asked.drawing, asked.pictures, count=asked.count, on_step=on_step)
+
+    def _told(self, now: Progress, news: Any, asked: Wish, form: Form) -> Progress:
+        number = f"picture {len(now.finished) + 1} of {asked.count} · " if asked.count > 1 else ""
+        if isinstance(news, Image.Image):
+            return replace(now, original=news)
+        if isinstance(news, Step):
+            line = f"{number}{_STAGES.get(news.stage, news.stage)} · step {news.step} of {news.total}"
+            return replace(now, line=line, picture=news.preview)
+        name = self.history.keep(news, form)
+        path = self.history.entry(name).path
+        line = f"{described(news.drawing)} · {news.drawing.width} x {news.drawing.height} · {news.seconds:.1f} s"
+        if now.original is not None:
+            line = f"{line} · PSNR {decibels(now.original, news.picture):.1f} dB"
+        return replace(now, line=line, picture=path, finished=(*now.finished, name))
+
+
+def filtered(picture: Image.Image, name: str, side: int) -> Image.Image:
+    """What a filter makes of a picture whose shorter side is `side`, as a picture to look at.
+
+    Raises:
+        ValueError: no such filter, or it needs a package or an encoder.
+    """
+    from stable_cascade.controls import control_picture, make_filter
+    from stable_cascade.data.images import resize_to_cover
+    from stable_cascade.pipelines.outputs import to_pictures, to_pixels
+
+    pixels = resize_to_cover(to_pixels(picture)[0], (side, side))[None]
+    return to_pictures(control_picture(make_filter(name)(pixels)), "pil")[0]
+
+
+def decibels(original: Image.Image, result: Image.Image) -> float:
+    """PSNR of two pictures of the same size."""
+    from stable_cascade.objectives.vqgan import psnr
+    from stable_cascade.pipelines.outputs import to_pixels
+
+    return float(psnr(to_pixels(result), to_pixels(original)))
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"

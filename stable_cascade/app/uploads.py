@@ -1,0 +1,72 @@
+"""Uploaded files: read within bounds, or refused with one line that names the file and not where it lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stable_cascade.drawing import Drawing, read_drawing, read_picture
+from stable_cascade.wording import brief
+
+
+def read_upload(path: str, *, mode: str | None = "RGB", largest: float) -> Image.Image:
+    """The uploaded picture.
+
+    Raises:
+        ValueError: it is no picture, or damaged, or has more than `largest` megapixels.
+    """
+    try:
+        return read_picture(Path(path).read_bytes(), mode=mode, largest=largest)
+    except OSError:
+        raise ValueError(f"picture '{_name(path)}' is no longer there; upload it again") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace("the picture", f"picture '{_name(path)}'", 1)) from None
+
+
+def read_settings(path: str) -> Drawing:
+    """The settings that an uploaded PNG carries.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    try:
+        return read_drawing(path)
+    except ValueError as error:
+        raise ValueError(re.sub(r"^picture '.*?'(?=[ :])", lambda _: f"picture '{_name(path)}'", str(error))) from None
+
+
+def check_payload(payload: Any, folder: Path) -> None:
+    """Passes what names no file, or files of `folder`.
+
+    Raises:
+        ValueError: an address, which the server would fetch, or a picture inside the request.
+    """
+    root = folder.resolve()
+    for file in uploaded_files(payload):
+        path, url = file.get("path"), file.get("url")
+        if isinstance(url, str) and url.lstrip().lower().startswith("data:"):
+            raise ValueError("a picture inside a request is not taken; upload it")
+        if path is None and url is None:
+            continue
+        if not isinstance(path, str) or "://" in path or not Path(path).resolve().is_relative_to(root):
+            raise ValueError("a file that was not uploaded is not taken; upload it")
+
+
+def uploaded_files(payload: Any) -> Iterator[Mapping[str, Any]]:
+    """Everything in a request that could be meant as a file, at any depth."""
+    if isinstance(payload, Mapping):
+        if "path" in payload or "url" in payload:
+            yield payload
+        for value in payload.values():
+            yield from uploaded_files(value)
+    elif isinstance(payload, (list, tuple)):
+        for value in payload:
+            yield from uploaded_files(value)
+
+
+def _name(path: str) -> str:
+    return brief(Path(path).name, 60)

@@ -1,0 +1,156 @@
+"""What the drawing commands write: pictures, sheets, progress and JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stable_cascade.wording import quoted
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from stable_cascade.drawing import Drawn
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Progress:
+    """A bar on stderr for every picture, and the rough picture of `--live`; no bar where stderr is no terminal."""
+
+    def __init__(self, pictures: int, live: Path | None) -> None:
+        from tqdm import tqdm
+
+        shown = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        self.bar = tqdm(total=pictures, bar_format=shown, disable=None, file=sys.stderr)
+        self.pictures, self.done, self.live = pictures, 0, live
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def on_step(self, stage: str, step: int, total: int, preview: Image.Image | None) -> None:
+        """Shows one step; a picture is half done when Stage C is."""
+        part = step / total / 2 + (0.5 if stage == "decoder" else 0)
+        self.bar.update(max(0, self.done + min(part, 0.99) - self.bar.n))
+        self.bar.set_postfix_str(f"picture {self.done + 1} of {self.pictures}, {stage} {step}/{total}")
+        if self.live is not None and preview is not None:
+            replace_picture(preview, self.live)
+
+    def watch(self, pictures: Iterable[Drawn]) -> Iterator[Drawn]:
+        """The same pictures, counted."""
+        for drawn in pictures:
+            self.done += 1
+            self.bar.update(self.done - self.bar.n)
+            yield drawn
+
+    def say(self, line: str) -> None:
+        """Prints a line on stdout, above the bar."""
+        self.bar.write(line, file=sys.stdout)
+
+
+def check_targets(given: Mapping[str, Any]) -> None:
+    """Makes the output folder and looks at the names of further files, before anything is drawn.
+
+    Raises:
+        ValueError: a file cannot be written there.
+    """
+    folder = given["output"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise ValueError(f"--output {quoted(folder)} cannot be a folder: {reason}; name another") from None
+    for name in ("sheet", "live", "show_control"):
+        target = given.get(name)
+        if target is not None:
+            check_picture_name(target, f"--{name.replace('_', '-')}")
+
+
+def check_picture_name(target: Path, option: str) -> None:
+    """Raises ValueError unless a picture can be written there."""
+    if target.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{option} {quoted(target)} ends in no {', '.join(ENDINGS)}; name it as a picture")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {quoted(target)} cannot be written: {error.strerror}; name another") from None
+
+
+def new_path(folder: Path, drawn: Drawn) -> Path:
+    """Writes the picture under a name of its own: its seed and words of its prompt, or its input picture's name."""
+    from stable_cascade.drawing.metadata import save_picture
+
+    drawing = drawn.drawing
+    source = Path(drawing.image.path).stem if drawing.image is not None else ""
+    words = [source, drawing.prompt] if drawing.task == "reconstruct" else [drawing.prompt, source]
+    stem = f"{drawing.seed:05d}-{next(filter(None, map(slug, words)), drawing.task)}"
+    for path in _numbered(folder / f"{stem}.png"):
+        if not path.exists():
+            return save_picture(drawn, path)
+    raise AssertionError("numbers never end")
+
+
+def write_sheet(pictures: Sequence[Image.Image], target: Path, columns: int) -> Path:
+    """Pictures side by side, `columns` in a row."""
+    from PIL import Image
+
+    width, height = (max(side) for side in zip(*(picture.size for picture in pictures), strict=True))
+    rows = -(-len(pictures) // columns)
+    paper = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, picture in enumerate(pictures):
+        paper.paste(picture, (number % columns * width, number // columns * height))
+    return save_new(paper, target)
+
+
+def save_new(picture: Image.Image, target: Path) -> Path:
+    """Writes a picture, under a numbered name where the file exists."""
+    path = next(path for path in _numbered(target) if not path.exists())
+    picture.save(path)
+    return path
+
+
+def replace_picture(picture: Image.Image, target: Path) -> None:
+    """Puts a picture in a file's place in one go, so that whoever looks never sees half of it."""
+    part = target.with_name(f".{target.stem}.part{target.suffix}")
+    picture.save(part)
+    os.replace(part, target)
+
+
+def write_json(
+    command: str, pictures: list[dict[str, Any]], *, sheet: Path | None, controls: Sequence[Path],
+    made_with: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Prints the one JSON object of `--json`."""
+    result = {
+        "command": command,
+        "pictures": pictures,
+        "sheet": None if sheet is None else str(sheet),
+        "control_pictures": [str(path) for path in controls],
+        "made_with": dict(made_with),
+    }
+    print(json.dumps(result, indent=2))
+
+
+def slug(text: str, longest: int = 40) -> str:
+    """Words of a text as part of a file name: lower case, digits and hyphens, cut at a word where that is possible."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    if len(words) <= longest:
+        return words
+    return words[: longest + 1].rpartition("-")[0] or words[:longest]
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")

@@ -1,0 +1,214 @@
+"""The input pictures of a drawing: read, checked, and brought to the size that is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from stable_cascade.pipelines.outpainting import outpaint
+from stable_cascade.wording import quoted
+
+from .checks import LARGEST_SIDE, SMALLEST_SIDE
+from .control import ControlSource, check_control, control_source
+from .pictures import in_mode, read_picture
+from .request import STRENGTHS, Drawing, InputFile
+
+_FROM_PICTURE = ("img2img", "inpaint", "reconstruct")
+_WITH_REFERENCES = ("variation", "img2img", "inpaint", "control")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Input pictures in memory; None or empty where the drawing's files are meant.
+
+    `mask_image` is white where to repaint. `control_images` has one entry per ControlNet of the drawing, a photo for
+    its filter (or what its filter made, where the choice says `filtered`; a tensor (c, h, w) is always that), or None
+    for the choice's own file.
+    """
+
+    image: Image.Image | None = None
+    mask_image: Image.Image | None = None
+    images: tuple[Image.Image, ...] = ()
+    control_images: tuple[Any, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """What is in memory, as `files.with_sums` names it."""
+        controls = [f"control_images[{place}]" for place, one in enumerate(self.control_images) if one is not None]
+        single = [name for name in ("image", "mask_image") if getattr(self, name) is not None]
+        return (*single, *(["images"] if self.images else []), *controls)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A drawing's pictures, all of them in memory, and its ControlNets as their files describe them.
+
+    A control image that is None is `image`, on its canvas where it is outpainted.
+    """
+
+    image: Image.Image | None = None
+    mask_image: Image.Image | None = None
+    images: tuple[Image.Image, ...] = ()
+    control_images: tuple[Any, ...] = ()
+    controls: tuple[ControlSource, ...] = ()
+
+
+def check_task(drawing: Drawing, pictures: Pictures) -> None:
+    """Passes when a task has what it needs and nothing that it would ignore.
+
+    Raises:
+        ValueError: naming what is missing or in vain.
+    """
+    task = drawing.task
+    image = drawing.image is not None or pictures.image is not None
+    mask = drawing.mask_image is not None or pictures.mask_image is not None
+    references = max(len(drawing.images), len(pictures.images))
+    if task in _FROM_PICTURE and not image:
+        raise ValueError(f"task {task} needs a picture and none is known; give image")
+    if task == "inpaint" and not mask and drawing.outpaint is None:
+        raise ValueError("task inpaint needs a mask, white where to repaint; give mask_image, or outpaint")
+    if task == "inpaint" and mask and drawing.outpaint is not None:
+        raise ValueError("mask_image and outpaint are both given; outpaint makes its own mask, give one of them")
+    if task == "variation" and not references:
+        raise ValueError("task variation needs reference pictures; give images")
+    if task == "control" and not drawing.controlnets:
+        raise ValueError("task control needs a ControlNet; give controlnets")
+    in_vain = {
+        "image": image and task not in _FROM_PICTURE,
+        "mask_image": mask and task != "inpaint",
+        "outpaint": drawing.outpaint is not None and task != "inpaint",
+        "strength": drawing.strength is not None and task not in STRENGTHS,
+        "images": references > 0 and task not in _WITH_REFERENCES,
+        "image_weights": drawing.image_weights is not None and not references,
+        "controlnets": bool(drawing.controlnets) and task not in ("control", "img2img", "inpaint", "variation"),
+    }
+    for name, given in in_vain.items():
+        if given:
+            raise ValueError(f"task {task} takes no {name}; leave it away or choose another task")
+    if drawing.image_weights is not None and len(drawing.image_weights) != references:
+        raise ValueError(f"image_weights has {len(drawing.image_weights)} entries for {references} reference pictures")
+    if len(pictures.control_images) > len(drawing.controlnets):
+        raise ValueError(
+            f"control_images has {len(pictures.control_images)} pictures for {len(drawing.controlnets)} ControlNets"
+        )
+
+
+def read_inputs(drawing: Drawing, pictures: Pictures) -> Inputs:
+    """Every input picture, decoded, and every ControlNet's description.
+
+    Raises:
+        ValueError: a picture is missing, damaged or too large, or does not fit its ControlNet.
+    """
+    image, mask = _read(drawing.image, pictures.image), _read(drawing.mask_image, pictures.mask_image, "L", "black")
+    if image is not None and mask is not None and mask.size != image.size:
+        raise ValueError(
+            f"mask_image is {mask.width} x {mask.height} and image {image.width} x {image.height}; "
+            "make a mask of the picture's size"
+        )
+    images = [in_mode(one) for one in pictures.images] or [read_picture(file.path) for file in drawing.images]
+    in_memory = (*pictures.control_images, *[None] * len(drawing.controlnets))
+    controls, shown = [], []
+    for choice, given in zip(drawing.controlnets, in_memory, strict=False):
+        source = control_source(choice)
+        mode = None if choice.filtered else "RGB"
+        picture = given if isinstance(given, Tensor) else _read(choice.image, given, mode)
+        seen = image if picture is None and not choice.filtered else picture
+        if seen is None:
+            raise ValueError(f"controlnet {quoted(choice.path)} has no picture to look at; give it one")
+        check_control(choice, source, seen)
+        controls.append(source)
+        shown.append(picture)
+    return Inputs(image, mask, tuple(images), tuple(shown), tuple(controls))
+
+
+def sized(drawing: Drawing, inputs: Inputs, side: int) -> Drawing:
+    """The drawing with height and width, and its task's strength.
+
+    Where no size is given it is the input picture's, in multiples of 8, shrunk to the area that the model was trained
+    on; without an input picture a square of `side`. With one side given the other follows from the picture's shape.
+
+    Raises:
+        ValueError: what is to be outpainted leaves no room for the picture.
+    """
+    left, top, right, bottom = drawing.outpaint or (0, 0, 0, 0)
+    controlled = next((one for one in inputs.control_images if isinstance(one, Image.Image)), None)
+    picture = inputs.image if inputs.image is not None else controlled
+    if (left + right) % 8 or (top + bottom) % 8:
+        raise ValueError(
+            f"outpaint {left},{top},{right},{bottom}: left + right and top + bottom must be multiples of 8"
+        )
+    height = None if drawing.height is None else drawing.height - top - bottom
+    width = None if drawing.width is None else drawing.width - left - right
+    if min(height or SMALLEST_SIDE, width or SMALLEST_SIDE) < 8:
+        raise ValueError(
+            f"outpaint {left},{top},{right},{bottom} leaves nothing of a picture of {drawing.width} x "
+            f"{drawing.height}; draw a larger one"
+        )
+    if picture is None:
+        height, width = height or side, width or side
+    else:
+        height, width = _fitting(picture.size, height, width, side)
+    strength = STRENGTHS.get(drawing.task) if drawing.strength is None else drawing.strength
+    return replace(drawing, height=height + top + bottom, width=width + left + right, strength=strength)
+
+
+def fitted(drawing: Drawing, inputs: Inputs, control_size: tuple[int, int]) -> Inputs:
+    """The pictures at the size that is drawn: cut at the middle where their shape differs, then resized.
+
+    What is outpainted is put on its canvas, with the mask of what is new. ControlNets look at (height, width)
+    `control_size`; what is inpainted is hidden from them as well.
+    """
+    assert drawing.height is not None
+    assert drawing.width is not None
+    left, top, right, bottom = drawing.outpaint or (0, 0, 0, 0)
+    size = (drawing.width - left - right, drawing.height - top - bottom)
+    image, mask = _fit(inputs.image, size), _fit(inputs.mask_image, size)
+    if drawing.outpaint is not None:
+        image, mask = outpaint(image, *drawing.outpaint)
+    controls = [_fit(image if one is None else one, control_size[::-1]) for one in inputs.control_images]
+    return replace(inputs, image=image, mask_image=mask, control_images=tuple(controls))
+
+
+def _read(
+    file: InputFile | None, given: Image.Image | None, mode: str | None = "RGB", paper: str = "white"
+) -> Image.Image | None:
+    if given is not None:
+        return in_mode(given, mode, paper)
+    return None if file is None else read_picture(file.path, mode=mode, paper=paper)
+
+
+def _fit(picture: Any, size: Sequence[int]) -> Any:
+    """The picture cut at the middle to the shape of `size` and resized; a few pixels too many are only cut off."""
+    if not isinstance(picture, Image.Image) or picture.size == tuple(size):
+        return picture
+    over = [own - wanted for own, wanted in zip(picture.size, size, strict=True)]
+    if all(0 <= pixels < 8 for pixels in over):
+        left, top = over[0] // 2, over[1] // 2
+        return picture.crop((left, top, left + size[0], top + size[1]))
+    # Four channels are a control image, a picture and a mask: Pillow would take the mask for transparency.
+    method = Image.Resampling.NEAREST if picture.mode == "RGBA" else Image.Resampling.LANCZOS
+    return ImageOps.fit(picture, (size[0], size[1]), method)
+
+
+def _fitting(size: Sequence[int], height: int | None, width: int | None, side: int) -> tuple[int, int]:
+    """Height and width for a picture of this size, in multiples of 8."""
+    wide, high = size
+    if height is not None and width is not None:
+        return height, width
+    if height is not None:
+        scale = height / high
+    elif width is not None:
+        scale = width / wide
+    else:
+        scale = max(min(1.0, side / math.sqrt(wide * high)), SMALLEST_SIDE / min(wide, high))
+        if scale == 1:
+            return high // 8 * 8, wide // 8 * 8
+    return height or _side(high * scale), width or _side(wide * scale)
+
+
+def _side(pixels: float) -> int:
+    return min(max(SMALLEST_SIDE, round(pixels / 8) * 8), LARGEST_SIDE)

@@ -1,0 +1,107 @@
+"""The cascade that a word, a folder, a Hub name or single files mean, and what a picture was made with."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stable_cascade
+from stable_cascade.wording import brief, quoted
+
+from .request import DTYPES
+
+
+def check_model(model: str, dtype: str = "float32", device: str | None = None) -> None:
+    """Passes when a model may be loaded, as far as that can be told without its weights.
+
+    Raises:
+        ValueError: no such dtype, device, folder or file.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {quoted(dtype, 40)} is not one of {', '.join(DTYPES)}")
+    if device is not None:
+        chosen_device(device)
+    files, parts = single_files(model)
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"model file {quoted(file)} does not exist; give folders as NAME=FOLDER, files as they are"
+            )
+    for name, place in parts.items():
+        if not place:
+            raise ValueError(f"model {quoted(model)} says no place for {brief(name, 40)}; write NAME=PLACE")
+
+
+def single_files(model: str) -> tuple[list[Path], dict[str, str]]:
+    """The files of "stage_c.safetensors,stage_b.safetensors", and parts given as `tokenizer=FOLDER` among them.
+
+    Both are empty where the model is the word embedded, a folder or a Hub name.
+    """
+    place = Path(model)
+    if model == "embedded" or place.is_dir():
+        return [], {}
+    if place.is_file():
+        return [place], {}
+    if "," not in model and not model.endswith(".safetensors"):
+        return [], {}
+    words = [part.strip() for part in model.split(",")]
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    return [Path(word) for word in words if "=" not in word], named
+
+
+def load_pipeline(model: str, dtype: str, *, lite: bool = False, variant: str | None = None) -> Any:
+    """The whole cascade on the CPU.
+
+    Raises:
+        ValueError: there is no such model, or it lacks a part.
+    """
+    from stable_cascade import StableCascadePipeline
+    from stable_cascade.embedded import embedded_path
+
+    check_model(model, dtype)
+    settings: dict[str, Any] = {"torch_dtype": getattr(torch, dtype)}
+    files, parts = single_files(model)
+    if files:
+        if lite or variant:
+            raise ValueError(
+                "lite and variant choose files of a folder; these files are chosen already, leave both away"
+            )
+        return StableCascadePipeline.from_single_file(*files, **settings, **parts)
+    if variant is not None:
+        settings["variant"] = variant
+    if lite:
+        settings["lite"] = True
+    return StableCascadePipeline.from_pretrained(embedded_path() if model == "embedded" else model, **settings)
+
+
+def chosen_device(device: str | None) -> torch.device:
+    """The device of that name, or CUDA where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device {quoted(device, 40)} is none; give cpu, cuda or cuda:0") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {chosen} is not there, CUDA has {torch.cuda.device_count()}; give --device cpu")
+    return chosen
+
+
+def made_with(device: torch.device, dtype: str) -> dict[str, Any]:
+    """Everything beside the settings on which the last bit of a picture may depend."""
+    import diffusers
+
+    cuda = device.type == "cuda"
+    return {
+        "stable_cascade": stable_cascade.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}",
+        "dtype": dtype,
+        "threads": None if cuda else torch.get_num_threads(),
+    }

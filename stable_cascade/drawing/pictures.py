@@ -1,0 +1,125 @@
+"""Picture files from anywhere, decoded within bounds; what cannot be read is one line."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from stable_cascade.wording import brief, quoted
+
+logger = logging.getLogger(__name__)
+
+LARGEST_PICTURE = 64.0
+"""Megapixels that are decoded; a photograph has 12 to 60."""
+LARGEST_FILE = 256 * 2**20
+# Only what Pillow decodes by itself: EPS, for one, would start another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "MPO")
+_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+def read_picture(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    mode: str | None = "RGB",
+    paper: str = "white",
+    largest: float = LARGEST_PICTURE,
+) -> Image.Image:
+    """The picture of a file, upright; the first frame of an animation, which the log says.
+
+    Args:
+        source: a path, or the file's bytes.
+        mode: RGB or L, with `paper` behind what is transparent; None keeps what there is: L, RGB
+            or RGBA.
+        largest: megapixels that are allowed; the size is read before any pixel is decoded.
+
+    Raises:
+        ValueError: no such file, no picture, a damaged one, or one that is too large.
+    """
+    name, opened = _opened(source)
+    try:
+        with opened, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(opened, formats=_formats()) as image:
+                _check_pixels(name, image.size, largest)
+                if getattr(image, "is_animated", False):
+                    logger.warning("%s is an animation; its first frame is taken", name)
+                    image.seek(0)
+                image.load()
+                return in_mode(image, mode, paper)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} has more than {largest:g} megapixels; shrink it first") from None
+    except Image.UnidentifiedImageError:
+        known = ", ".join(_formats())
+        raise ValueError(f"{name} is no picture that can be read; give one of {known}") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {brief(error)}") from None
+    except Exception as error:  # Pillow's plugins raise anything on damaged files
+        raise ValueError(
+            f"{name} is damaged: {brief(error) or type(error).__name__}; save it again or take another copy"
+        ) from None
+
+
+def _opened(source: str | os.PathLike[str] | bytes) -> tuple[str, IO[bytes]]:
+    """What to call the picture in errors, and its bytes as a file."""
+    if isinstance(source, bytes):
+        return "the picture", io.BytesIO(source)
+    path = Path(source)
+    name = f"picture {quoted(path)}"
+    try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"{name} {what}; give a picture file")
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise ValueError(f"{name} has {size / 2**20:,.0f} MiB; at most {LARGEST_FILE // 2**20} are read")
+        return name, path.open("rb")
+    except OSError as error:
+        raise ValueError(f"{name} cannot be opened: {error.strerror or error}") from None
+
+
+def _check_pixels(name: str, size: tuple[int, int], largest: float) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is damaged: its size is {width} x {height}")
+    if width * height > largest * 1e6:
+        pixels = width * height / 1e6
+        raise ValueError(
+            f"{name} is {width} x {height}, {pixels:,.0f} megapixels; at most {largest:g} are read, shrink it first"
+        )
+
+
+def in_mode(image: Image.Image, mode: str | None = "RGB", paper: str = "white") -> Image.Image:
+    """The picture upright and in `mode`; 16 bits of grey are scaled down, where Pillow itself would clip them.
+
+    Raises:
+        ValueError: its values have no defined range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("32-bit float pictures have no defined range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ValueError("integer pictures must have at most 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    transparent = "transparency" in image.info or image.mode in _WITH_ALPHA
+    if mode is None:
+        mode = "RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB"
+    if transparent and mode != "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image.convert("RGBA"))
+    picture = image.convert(mode)
+    picture.info.clear()
+    return picture
+
+
+def _formats() -> list[str]:
+    """Those of the allowed formats that this Pillow can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]

@@ -1,0 +1,245 @@
+"""What decides a picture, in one frozen object that goes into JSON and comes back checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stable_cascade.wording import brief
+
+from .checks import (
+    LARGEST_SIDE,
+    MOST_ITEMS,
+    check_choice,
+    check_interval,
+    check_items,
+    check_kind,
+    check_number,
+    check_path,
+    check_sha256,
+    check_side,
+    check_text,
+    check_whole,
+)
+
+TASKS = ("generate", "variation", "img2img", "inpaint", "control", "reconstruct")
+SAMPLERS = ("ddpm", "ddim", "lcm")
+DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 1000
+MOST_TEXT = 20_000
+# What a task that starts from a picture changes of it where nothing else is said.
+STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A picture on disk; `sha256` is of the file's bytes, filled in when it is drawn from."""
+
+    path: str
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_path("path", self.path)
+        check_sha256("sha256", self.sha256)
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA, in any known format, and how strongly it acts; a path is a file, a folder or a Hub name."""
+
+    path: str
+    weight: float = 1.0
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_path("lora", self.path)
+        check_number("lora weight", self.weight, -100, 100)
+        check_sha256("lora sha256", self.sha256)
+
+
+@dataclass(frozen=True)
+class ControlChoice:
+    """A ControlNet, the picture it looks at, and when and how strongly it acts.
+
+    `filtered` says that the picture is a control image already; `filter` names the filter of a ControlNet that does
+    not say by itself which one it was trained with.
+    """
+
+    path: str
+    image: InputFile | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    filtered: bool = False
+    filter: str | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_path("controlnet", self.path)
+        check_kind("controlnet image", self.image, InputFile, optional=True)
+        check_number("controlnet scale", self.scale, -100, 100)
+        check_interval("controlnet start and end", (self.start, self.end))
+        check_kind("controlnet filtered", self.filtered, bool)
+        if self.filter is not None:
+            check_text("controlnet filter", self.filter, 200)
+        check_sha256("controlnet sha256", self.sha256)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Every setting that decides a picture.
+
+    Sizes that are None are the model's own, or the input picture's; `strength`, `sampler` and `shift` that are None
+    are the task's and the model's own. What comes back with a picture has sizes, strength and sums filled in.
+
+    Raises:
+        ValueError: a setting that means nothing, in one line.
+    """
+
+    task: str = "generate"
+    model: str = "embedded"
+    lite: bool = False
+    variant: str | None = None
+    dtype: str = "float32"
+    prompt: str = ""
+    negative_prompt: str = ""
+    weighted: bool = False
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    prior_num_inference_steps: int = 20
+    prior_guidance_scale: float = 4.0
+    num_inference_steps: int = 10
+    decoder_guidance_scale: float = 1.1
+    guidance_rescale: float = 0.7
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    sampler: str | None = None
+    shift: float | None = None
+    strength: float | None = None
+    loras: tuple[LoraChoice, ...] = ()
+    image: InputFile | None = None
+    mask_image: InputFile | None = None
+    outpaint: tuple[int, int, int, int] | None = None
+    images: tuple[InputFile, ...] = ()
+    image_weights: tuple[float, ...] | None = None
+    controlnets: tuple[ControlChoice, ...] = ()
+    preview: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_path("model", self.model)
+        if self.variant is not None:
+            check_text("variant", self.variant, 100)
+        for name in ("lite", "weighted", "preview"):
+            check_kind(name, getattr(self, name), bool)
+        for name in ("prompt", "negative_prompt"):
+            check_text(name, getattr(self, name), MOST_TEXT)
+        self._check_sampling()
+        self._check_inputs()
+
+    def _check_sampling(self) -> None:
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
+        for name in ("height", "width"):
+            check_side(name, getattr(self, name))
+        for name in ("prior_num_inference_steps", "num_inference_steps"):
+            check_whole(name, getattr(self, name), 1, MOST_STEPS)
+        for name in ("prior_guidance_scale", "decoder_guidance_scale"):
+            check_number(name, getattr(self, name), 0, 1000)
+        check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        check_interval("guidance_interval", self.guidance_interval)
+        if self.sampler is not None:
+            check_choice("sampler", self.sampler, SAMPLERS)
+        if self.shift is not None:
+            check_number("shift", self.shift, 0.01, 100)
+        if self.strength is not None:
+            check_number("strength", self.strength, 0, 1)
+
+    def _check_inputs(self) -> None:
+        for name, kind in (("loras", LoraChoice), ("images", InputFile), ("controlnets", ControlChoice)):
+            check_items(name, getattr(self, name), kind)
+        for name in ("image", "mask_image"):
+            check_kind(name, getattr(self, name), InputFile, optional=True)
+        paths = [lora.path for lora in self.loras]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise ValueError(f"loras name '{brief(twice)}' twice; name it once, with the sum of the weights")
+        if self.image_weights is not None:
+            if not isinstance(self.image_weights, tuple) or len(self.image_weights) > MOST_ITEMS:
+                raise ValueError(f"image_weights {self.image_weights!r} is no tuple of at most {MOST_ITEMS} numbers")
+            for weight in self.image_weights:
+                check_number("image_weights", weight, -100, 100)
+        if self.outpaint is not None:
+            if not isinstance(self.outpaint, tuple) or len(self.outpaint) != 4:
+                raise ValueError(f"outpaint {self.outpaint!r} is not left, top, right, bottom in pixels")
+            for pixels in self.outpaint:
+                check_whole("outpaint", pixels, 0, LARGEST_SIDE)
+            if not any(self.outpaint):
+                raise ValueError("outpaint 0,0,0,0 adds nothing; give pixels on one side at least")
+        if self.outpaint is not None and self.mask_image is not None:
+            raise ValueError("mask_image and outpaint are both given; outpaint makes its own mask, give one of them")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, dicts and values, of which `from_json` makes an equal object."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Drawing:
+        """The drawing that `to_json` described; absent keys get their default.
+
+        Raises:
+            ValueError: an unknown key, a wrong type, or a setting that means nothing.
+        """
+        known = _known(cls, values, "drawing")
+        for name, kind in (("loras", LoraChoice), ("images", InputFile), ("controlnets", ControlChoice)):
+            if name in known:
+                known[name] = tuple(_made(kind, item, name) for item in _listed(name, known[name]))
+        for name in ("image", "mask_image"):
+            if known.get(name) is not None:
+                known[name] = _made(InputFile, known[name], name)
+        for name in ("guidance_interval", "image_weights", "outpaint"):
+            if known.get(name) is not None:
+                known[name] = tuple(_listed(name, known[name]))
+        return cls(**known)
+
+
+def field_names() -> tuple[str, ...]:
+    """The names of a drawing's settings."""
+    return tuple(field.name for field in fields(Drawing))
+
+
+def _made(cls: Any, values: Any, name: str) -> Any:
+    known = _known(cls, values, name)
+    if known.get("image") is not None:
+        known["image"] = _made(InputFile, known["image"], f"{name} image")
+    if "path" not in known:
+        raise ValueError(f"{name} has an entry without a path")
+    return cls(**known)
+
+
+def _known(cls: Any, values: Any, name: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is a {type(values).__name__}; expected an object with settings")
+    names = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0)
+            raise ValueError(f"{name} has the unknown setting '{brief(key, 60)}'; nearest: '{nearest[0]}'")
+    return dict(values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, (InputFile, LoraChoice, ControlChoice)):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return value
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)) or len(value) > MOST_ITEMS:
+        raise ValueError(f"{name} is not a list of at most {MOST_ITEMS} entries")
+    return list(value)

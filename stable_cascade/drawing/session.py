@@ -1,0 +1,268 @@
+"""A loaded cascade that draws what it is asked for; LoRAs, ControlNets and samplers change between pictures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .calls import OnStep, callbacks, own_sampler, picture_arguments, sampling_arguments, text_arguments
+from .control import control_image, load_controlnet, shown_picture
+from .files import with_sums
+from .inputs import Inputs, Pictures, check_task, fitted, read_inputs, sized
+from .loading import check_model, chosen_device, load_pipeline, made_with
+from .loras import LoraShelf, check_lora
+from .request import LARGEST_SEED, Drawing
+
+KEPT_CONTROLNETS = 4
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture and every setting that decided it; `save_picture` writes both into one file."""
+
+    picture: Image.Image
+    drawing: Drawing
+    seconds: float = 0.0
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Session:
+    """One cascade, loaded on first use and kept. Several threads may draw with it; they take turns.
+
+    Args:
+        model: the word embedded, a folder, a Hub name, or single files, "stage_c.safetensors,stage_b.safetensors",
+            with parts that no file holds as "tokenizer=FOLDER" among them.
+        dtype: float32, bfloat16 or float16.
+        device: by default CUDA where there is one.
+        offload: keeps only the network at work on the device.
+        lite, variant: of the model, as in `StableCascadePipeline.from_pretrained`.
+
+    Raises:
+        ValueError: no such dtype, device, folder or file.
+    """
+
+    def __init__(
+        self,
+        model: str = "embedded",
+        *,
+        dtype: str = "float32",
+        device: str | None = None,
+        offload: bool = False,
+        lite: bool = False,
+        variant: str | None = None,
+    ) -> None:
+        check_model(model, dtype, device)
+        self.model, self.dtype, self.lite, self.variant = model, dtype, lite, variant
+        self.device, self.offload = chosen_device(device), offload
+        self._pipeline: Any = None
+        self._loras: LoraShelf | None = None
+        self._controlnets: dict[tuple[str, str | None], Any] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline, on its device.
+
+        Raises:
+            ValueError: there is no such model, or it lacks a part.
+        """
+        with self._lock:
+            if self._pipeline is None:
+                pipeline = load_pipeline(self.model, self.dtype, lite=self.lite, variant=self.variant)
+                pipeline.set_progress_bar_config(disable=True)
+                self._pipeline, self._loras = pipeline, LoraShelf(pipeline)
+                self._place()
+            return self._pipeline
+
+    def drawing(self, **settings: Any) -> Drawing:
+        """A drawing for this session's model and dtype."""
+        return Drawing(**{**self._own(), **settings})
+
+    def check(
+        self,
+        drawing: Drawing,
+        pictures: Pictures | None = None,
+        *,
+        count: int = 1,
+        batch_size: int = 1,
+        allow_changed_files: bool = False,
+    ) -> None:
+        """Passes when `each` may draw this, as far as that can be told without the model.
+
+        Raises:
+            ValueError: an input is missing, damaged, changed or does not fit; an argument that means nothing.
+        """
+        _check_count(drawing, count, batch_size)
+        self._checked(drawing, pictures or Pictures(), allow_changed_files)
+
+    def draw(self, drawing: Drawing, pictures: Pictures | None = None, **options: Any) -> list[Drawn]:
+        """The pictures that `each` draws, as a list."""
+        return list(self.each(drawing, pictures, **options))
+
+    def each(
+        self,
+        drawing: Drawing,
+        pictures: Pictures | None = None,
+        *,
+        count: int = 1,
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
+        previews: bool = True,
+        allow_changed_files: bool = False,
+    ) -> Iterator[Drawn]:
+        """`count` pictures, one after the other; picture i has seed + i and is the one that this seed draws alone.
+
+        Args:
+            pictures: given here, they stand for the files that the drawing names, which then need not exist.
+            batch_size: pictures at a time; above 1 the last bit of a picture may depend on it.
+            on_step: told after every step; what it raises stops the drawing.
+            previews: whether `on_step` gets rough pictures.
+            allow_changed_files: draws from files whose SHA-256 is not the one that the drawing has.
+
+        Raises:
+            ValueError: an input is missing, damaged or does not fit, before the model is loaded where that can be
+                told; an argument that means nothing.
+        """
+        _check_count(drawing, count, batch_size)
+        drawing, inputs = self._checked(drawing, pictures or Pictures(), allow_changed_files)
+        told = callbacks(on_step, previews, drawing)
+        seeds = range(drawing.seed, drawing.seed + count)
+        groups = [seeds[start : start + batch_size] for start in range(0, count, batch_size)]
+        return (drawn for group in groups for drawn in self._draw(drawing, inputs, group, told))
+
+    def control_pictures(self, drawing: Drawing, pictures: Pictures | None = None) -> list[Image.Image]:
+        """What each ControlNet is shown, as RGB pictures.
+
+        Raises:
+            ValueError: as `each`.
+        """
+        drawing, inputs = self._checked(drawing, pictures or Pictures(), True)
+        drawing, inputs = self._fitted(drawing, inputs)
+        return [shown_picture(control) for control in self._controls(drawing, inputs)]
+
+    def original(self, drawing: Drawing, pictures: Pictures | None = None) -> Image.Image | None:
+        """The input picture at the size that is drawn; None where a task has none.
+
+        Raises:
+            ValueError: as `each`.
+        """
+        drawing, inputs = self._checked(drawing, pictures or Pictures(), True)
+        return self._fitted(drawing, inputs)[1].image
+
+    def _own(self) -> dict[str, Any]:
+        return {"model": self.model, "dtype": self.dtype, "lite": self.lite, "variant": self.variant}
+
+    def _checked(self, drawing: Drawing, pictures: Pictures, allow_changed: bool) -> tuple[Drawing, Inputs]:
+        for name, own in self._own().items():
+            if getattr(drawing, name) != own:
+                raise ValueError(
+                    f"the drawing has {name} {getattr(drawing, name)!r}, this session {own!r}; make one for it"
+                )
+        check_task(drawing, pictures)
+        drawing = with_sums(drawing, skip=pictures.names(), allow_changed=allow_changed)
+        for choice in drawing.loras:
+            check_lora(choice)
+        return drawing, read_inputs(drawing, pictures)
+
+    def _fitted(self, drawing: Drawing, inputs: Inputs) -> tuple[Drawing, Inputs]:
+        from stable_cascade.pipelines.inputs import default_side
+
+        drawing = sized(drawing, inputs, default_side(self.pipeline.config["resolution_multiple"]))
+        control_size = self.pipeline.control_size(drawing.height, drawing.width)
+        return drawing, fitted(drawing, inputs, control_size)
+
+    def _place(self) -> None:
+        """Puts the networks where they work; again after one was added, since offloading hooks into each of them."""
+        if self.offload and self.device.type != "cpu":
+            self._pipeline.remove_all_hooks()
+            self._pipeline.enable_model_cpu_offload(device=self.device)
+        else:
+            self._pipeline.to(self.device)
+
+    @torch.no_grad()
+    def _draw(self, drawing: Drawing, inputs: Inputs, seeds: Sequence[int], told: dict[str, Any]) -> list[Drawn]:
+        """A batch of pictures, one per seed."""
+        with self._lock:
+            pipeline = self.pipeline
+            drawing, inputs = self._fitted(drawing, inputs)
+            assert self._loras is not None
+            self._loras.use(drawing.loras)
+            self._use_controlnets(drawing, inputs)
+            arguments = {**sampling_arguments(drawing), **told, **text_arguments(pipeline, drawing)}
+            arguments |= picture_arguments(drawing, inputs) | self._control_arguments(drawing, inputs)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            started = time.perf_counter()
+            with own_sampler(pipeline, drawing):
+                images = pipeline(num_images_per_prompt=len(seeds), generator=generators, **arguments).images
+            seconds = (time.perf_counter() - started) / len(seeds)
+            known = made_with(self.device, self.dtype)
+        return [
+            Drawn(image, replace(drawing, seed=seed), seconds, known)
+            for image, seed in zip(images, seeds, strict=True)
+        ]
+
+    def _use_controlnets(self, drawing: Drawing, inputs: Inputs) -> None:
+        """Gives the pipeline the drawing's ControlNets; the last few stay loaded."""
+        kept = self._controlnets
+        networks = []
+        for choice, source in zip(drawing.controlnets, inputs.controls, strict=True):
+            key = (str(source.place), choice.sha256)
+            if key not in kept:
+                kept[key] = load_controlnet(choice, source, getattr(torch, self.dtype))
+            kept[key] = kept.pop(key)  # the last used comes last
+            networks.append(kept[key])
+        while len(kept) > max(KEPT_CONTROLNETS, len(networks)):
+            del kept[next(iter(kept))]
+        self._register(networks)
+
+    def _register(self, networks: list[Any]) -> None:
+        from stable_cascade.models import StableCascadeMultiControlNet
+
+        now = getattr(self._pipeline, "controlnet", None)
+        held = list(now.nets) if isinstance(now, StableCascadeMultiControlNet) else [] if now is None else [now]
+        if [id(one) for one in held] == [id(one) for one in networks]:
+            return
+        chosen = StableCascadeMultiControlNet(networks) if len(networks) > 1 else next(iter(networks), None)
+        self._pipeline.register_modules(controlnet=chosen)
+        if networks:
+            self._place()
+
+    def _controls(self, drawing: Drawing, inputs: Inputs) -> list[Tensor]:
+        def encode(pixels: Tensor) -> Tensor:
+            encoder = self.pipeline.semantic_encoder
+            if encoder is None:
+                raise ValueError("this filter needs a semantic_encoder, and the model has none; use another model")
+            return encoder(pixels.to(encoder.device, encoder.dtype)).float().cpu()
+
+        chosen = zip(drawing.controlnets, inputs.controls, inputs.control_images, strict=True)
+        return [
+            control_image(choice, source, picture, mask=inputs.mask_image, encode=encode)
+            for choice, source, picture in chosen
+        ]
+
+    def _control_arguments(self, drawing: Drawing, inputs: Inputs) -> dict[str, Any]:
+        if not drawing.controlnets:
+            return {}
+        several = len(drawing.controlnets) > 1
+        columns: dict[str, list[Any]] = {
+            "control_image": self._controls(drawing, inputs),
+            "controlnet_conditioning_scale": [choice.scale for choice in drawing.controlnets],
+            "control_guidance_start": [choice.start for choice in drawing.controlnets],
+            "control_guidance_end": [choice.end for choice in drawing.controlnets],
+        }
+        return {name: values if several else values[0] for name, values in columns.items()}
+
+
+def _check_count(drawing: Drawing, count: int, batch_size: int) -> None:
+    for name, value in (("count", count), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
+            raise ValueError(f"{name} {value!r} is not a whole number from 1 to 10000")
+    if drawing.seed + count - 1 > LARGEST_SEED:
+        raise ValueError(f"seed {drawing.seed} with count {count} goes beyond {LARGEST_SEED}; take a smaller one")

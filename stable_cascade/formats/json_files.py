@@ -1,0 +1,93 @@
+"""JSON of files from anywhere: bounded in size, and every fault one ValueError of one line that names the file."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from stable_cascade.wording import brief, quoted
+
+MAX_BYTES = 8 * 2**20
+"""The largest JSON file or header entry that is read; those of the released models have some thousand bytes."""
+MAX_SIZE = 2**20
+"""The largest whole number in a config: a width, or the size of a vocabulary."""
+MAX_COUNT = 512
+"""The largest number of layers, of one kind and level."""
+COUNTS = ("num_layers", "num_hidden_layers", "depths", "blocks")
+"""What the names of numbers of layers contain."""
+MAX_ENTRIES, MAX_DEPTH = 1000, 20
+
+
+def read_json(path: str | PathLike[str], *, remedy: str = "copy or download it again") -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it is larger than `MAX_BYTES`, no JSON, or no object.
+        OSError: there is no such file.
+    """
+    file, name = Path(path), f"'{brief(path)}'"
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes, and at most {MAX_BYTES:,} are read; {remedy}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is no UTF-8 text; {remedy}") from None
+    return parse_json(text, name, remedy=remedy)
+
+
+def read_config(path: str | PathLike[str]) -> dict[str, Any]:
+    """The object that a network's or a scheduler's JSON file holds, none of its sizes beyond reason.
+
+    Raises:
+        ValueError: as `read_json` and `check_sizes`.
+        OSError: there is no such file.
+    """
+    config = read_json(path)
+    check_sizes(config, f"'{brief(path)}'")
+    return config
+
+
+def check_sizes(config: Any, named: str) -> None:
+    """Passes when no number in a config asks for a network that nobody could build; building it would never end.
+
+    Raises:
+        ValueError: a whole number is beyond `MAX_SIZE`, or one of `COUNTS` beyond `MAX_COUNT`.
+    """
+    pending = [("", config, 0)]
+    while pending:
+        key, value, depth = pending.pop()
+        if isinstance(value, dict | list) and (len(value) > MAX_ENTRIES or depth > MAX_DEPTH):
+            raise ValueError(
+                f"{named}: {quoted(key, 60)} holds {len(value):,} entries, nested {depth} deep; is it a config?"
+            )
+        if isinstance(value, dict):
+            pending += [(str(name), inner, depth + 1) for name, inner in value.items()]
+        elif isinstance(value, list):
+            pending += [(key, inner, depth + 1) for inner in value]
+        elif isinstance(value, int):
+            limit = MAX_COUNT if any(word in key for word in COUNTS) else MAX_SIZE
+            if abs(value) > limit:
+                shown = value if abs(value) < 2**63 else f"a number of {value.bit_length():,} bits"
+                raise ValueError(f"{named}: {quoted(key, 60)} is {shown}; at most {limit:,} can be built")
+
+
+def parse_json(text: str, what: str, *, remedy: str = "copy or download it again") -> dict[str, Any]:
+    """The object that a text holds; `what` names it in the error.
+
+    Raises:
+        ValueError: it is longer than `MAX_BYTES`, no JSON, or no object.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{what} has {len(text):,} characters, and at most {MAX_BYTES:,} are read; {remedy}")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{what} nests its brackets too deeply to be read; {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is no JSON ({brief(error)}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is a JSON {type(value).__name__}, an object in braces is needed; {remedy}")
+    return value

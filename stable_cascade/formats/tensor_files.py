@@ -1,0 +1,78 @@
+"""The tensors of safetensors files from anywhere, or one ValueError of one line that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stable_cascade.wording import brief, quoted
+
+from .headers import Header, read_header
+
+MAX_NAME = 300
+"""Characters of the longest name of a tensor; the longest of the released networks has 80."""
+
+
+def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, mapped and on the CPU, and its metadata.
+
+    Raises:
+        ValueError: it does not exist, is no safetensors file, or holds what is no tensor's name or type.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    header = checked_header(path)
+    try:
+        with safe_open(str(Path(path)), "pt") as file:
+            return {name: _tensor(file, name, path) for name in header.tensors}, header.metadata
+    except SafetensorError as error:
+        raise ValueError(f"{quoted(path)} is damaged ({brief(error)}); download it again") from None
+
+
+def checked_header(path: str | PathLike[str]) -> Header:
+    """The header of a file whose names can be printed.
+
+    Raises:
+        ValueError: as `read_tensors`.
+    """
+    header = read_header(path)
+    check_names(header.tensors, quoted(path))
+    return header
+
+
+def check_names(names: Iterable[Any], named: str) -> None:
+    """Passes when every name could be one of a tensor's; `named` says what has them.
+
+    Raises:
+        ValueError: one is no text, empty, too long, or has characters that do not print.
+    """
+    for name in names:
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise ValueError(
+                f"{named} has a tensor named {quoted(name, 60)}; names have 1 to {MAX_NAME} printable characters"
+            )
+
+
+def check_kinds(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], named: str) -> None:
+    """Passes when every tensor is of floating-point numbers where the expected one of its name is, and only there.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() != expected[name].is_floating_point():
+            own, other = (str(one.dtype).removeprefix("torch.") for one in (value, expected[name]))
+            raise ValueError(
+                f"{named}: {name} is {own}, and the network has {other}; turn a quantised file into bfloat16 first"
+            )
+
+
+def _tensor(file: Any, name: str, path: str | PathLike[str]) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:  # types that torch has not
+        raise ValueError(f"{quoted(path)}: {name} cannot be read ({brief(error)}); download it again") from None

@@ -1,0 +1,237 @@
+"""The three stages as the pipelines run them: what a call says about text, size and pictures meets the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .control import ControlInput, run_control
+from .inputs import (
+    Generators,
+    check_count,
+    check_guidance,
+    check_size,
+    check_steps,
+    check_times,
+    resolve_generator,
+    seen_size,
+    semantic_size,
+)
+from .outputs import check_output_type, to_pictures
+from .prompts import PromptArguments, encode
+from .sampling import (
+    Kept,
+    OnStep,
+    Settings,
+    Text,
+    decode_vq,
+    encode_vq,
+    sample_semantic,
+    sample_vq,
+    start_noise,
+    vq_noise_shape,
+)
+from .source import Source
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the stages of one call share; `source` has one row for each of `count` images."""
+
+    arguments: PromptArguments
+    source: Source
+    count: int
+    generators: Generators
+    device: torch.device
+    progress: Callable[..., Any]
+
+
+def begin(pipeline: Any, source: Source, arguments: PromptArguments, copies: int, generator: Any) -> Call:
+    """A call of `copies` images per prompt; one prompt is repeated where there are several starting pictures.
+
+    Raises:
+        ValueError: neither one picture nor one per prompt, a number of copies or generators that means nothing.
+    """
+    check_count(copies)
+    pictures = 1 if source.pixels is None else len(source.pixels)
+    if pictures not in (1, arguments.count):
+        arguments = arguments.for_count(pictures)
+    count, device = arguments.count * copies, pipeline._execution_device
+    generators = resolve_generator(generator, count)
+    return Call(arguments, source.repeated(count), count, generators, device, pipeline.progress_bar)
+
+
+def embed_text(pipeline: Any, call: Call, *settings: Settings) -> Text:
+    """The text, one row per image; the negative prompts too where a stage is guided."""
+    guided = any(one.guided for one in settings)
+    copies = call.count // call.arguments.count
+    return encode(call.arguments, pipeline.text_encoder, pipeline.tokenizer, call.device, guided=guided, copies=copies)
+
+
+def stage_settings(
+    steps: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+    guidance_interval: Sequence[float],
+    *,
+    timesteps: Any = None,
+    names: tuple[str, str] = ("num_inference_steps", "guidance_scale"),
+) -> Settings:
+    """How a stage is sampled, as a call says it; given times take the place of the number of steps.
+
+    Raises:
+        ValueError: a value that means nothing, under the name that the call has for it.
+    """
+    check_steps(steps, names[0])
+    check_guidance(guidance_scale, guidance_rescale, guidance_interval, names[1])
+    times = None if timesteps is None else check_times(timesteps)
+    low, high = guidance_interval
+    return Settings(steps, guidance_scale, guidance_rescale, 1.0, (low, high), times)
+
+
+def two_settings(
+    prior_steps: int, prior_scale: float, steps: int, scale: float, rescale: float, interval: Sequence[float]
+) -> tuple[Settings, Settings]:
+    """Stage C's and Stage B's settings, as `StableCascadePipeline` names them."""
+    prior = stage_settings(
+        prior_steps, prior_scale, rescale, interval, names=("prior_num_inference_steps", "prior_guidance_scale")
+    )
+    return prior, stage_settings(
+        steps, scale, rescale, interval, names=("num_inference_steps", "decoder_guidance_scale")
+    )
+
+
+def check_call(
+    pipeline: Any, source: Source, latents: Tensor | None, output_type: str = "latent", *, preview: bool = False
+) -> None:
+    """Raises ValueError when a call needs a part that the pipeline lacks, or says what it cannot mean."""
+    check_output_type(output_type)
+    if preview and pipeline.previewer is None:
+        raise ValueError("preview needs a previewer, and this pipeline has none; pass previewer=… when loading")
+    if source.pixels is not None and pipeline.semantic_encoder is None:
+        raise ValueError("image needs a semantic_encoder, and this pipeline has none; pass semantic_encoder=…")
+    if source.strength == 0 and latents is not None:
+        raise ValueError("latents are noise to start from, and strength 0 starts from none; leave one of them out")
+
+
+def control_size(pipeline: Any, height: int, width: int) -> tuple[tuple[int, int], int]:
+    """Sides of a picture as image encoder and ControlNets see it, for a drawing of that size, and their stride.
+
+    Raises:
+        ValueError: no size that can be drawn.
+    """
+    check_size(height, width)
+    multiple, encoder = pipeline.config["resolution_multiple"], pipeline.semantic_encoder
+    stride = round(0.75 * multiple) if encoder is None else encoder.stride
+    return seen_size(height, width, multiple, stride), stride
+
+
+def encode_semantic(semantic_encoder: Any, pixels: Tensor, multiple: float) -> Tensor:
+    """Semantic latents of pictures, each of `multiple` of their pixels a side.
+
+    The encoder looks at them at its stride by `multiple` of their size: as released at three quarters.
+
+    Shapes: (B, 3, H, W) in [0, 1] -> (B, 16, ceil(H / multiple), ceil(W / multiple)).
+    """
+    size = seen_size(pixels.shape[-2], pixels.shape[-1], multiple, semantic_encoder.stride)
+    shrunk = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    return semantic_encoder(shrunk).float()
+
+
+def draw_semantic(
+    pipeline: Any,
+    scheduler: Any,
+    call: Call,
+    text: Text,
+    image_embeds: Tensor | None,
+    settings: Settings,
+    *,
+    image_weights: Sequence[float] | None,
+    latents: Tensor | None,
+    control: Sequence[ControlInput],
+    on_step: OnStep | None,
+) -> Tensor:
+    """Stage C: from noise, from the noised latents of the source, or, at strength 0, those latents themselves.
+
+    Shapes: -> (count, 16, h, w).
+    """
+    source, multiple = call.source, pipeline.config["resolution_multiple"]
+    size = semantic_size(source.height, source.width, multiple)
+    clean = None
+    if source.pixels is not None and (source.strength < 1 or source.mask is not None):
+        clean = encode_semantic(pipeline.semantic_encoder, source.pixels.to(call.device), multiple)
+        if source.strength == 0:
+            return clean
+    shape = (pipeline.prior.config.in_channels, *size)
+    noise = start_noise(shape, call.count, call.generators, call.device, latents)
+    start = noise if clean is None or source.strength == 1 else scheduler.add_noise(clean, noise, source.strength)
+    seen, stride = control_size(pipeline, source.height, source.width)
+    kept = None
+    if clean is not None and source.mask is not None:
+        cell = (stride * source.height / seen[0], stride * source.width / seen[1])
+        kept = Kept(clean, noise, source.repainted(size, cell).to(call.device))
+    residuals = run_control(pipeline.controlnet, control, seen, size, call.device)
+    weights = None if image_weights is None else torch.tensor(list(image_weights), dtype=torch.float32)
+    return sample_semantic(
+        pipeline.prior, scheduler, start, text, image_embeds, source.shortened(settings), generator=call.generators,
+        progress=call.progress, on_step=on_step, control=residuals, kept=kept, image_weights=weights,
+    )  # fmt: skip
+
+
+def draw_vq(
+    pipeline: Any,
+    call: Call,
+    text: Text,
+    semantic_latents: Tensor,
+    settings: Settings,
+    *,
+    latents: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Stage B, around what a mask keeps. Shapes: (count, 16, h, w) -> (count, 4, h', w')."""
+    source, vqgan = call.source, pipeline.vqgan
+    shape = vq_noise_shape(pipeline.decoder, vqgan, source.height, source.width)
+    noise = start_noise(shape, call.count, call.generators, call.device, latents)
+    kept = None
+    if source.pixels is not None and source.mask is not None:
+        size = (shape[1], shape[2])
+        clean = encode_vq(vqgan, source.pixels.to(call.device), size)
+        kept = Kept(clean, noise, source.repainted(size, (vqgan.stride, vqgan.stride)).to(call.device))
+    return sample_vq(
+        pipeline.decoder, pipeline.scheduler, noise, text, semantic_latents, settings, generator=call.generators,
+        progress=call.progress, on_step=on_step, kept=kept,
+    )  # fmt: skip
+
+
+def decode(pipeline: Any, call: Call, vq_latents: Tensor, output_type: str) -> Any:
+    """Stage A: the pictures in the form that was asked for, with what a mask keeps over them."""
+    if output_type == "latent":
+        return vq_latents
+    pixels = decode_vq(pipeline.vqgan, vq_latents, call.source.height, call.source.width)
+    return to_pictures(call.source.pasted(pixels), output_type)
+
+
+def rough(previewer: Any, semantic_latents: Tensor, output_type: str) -> Any:
+    """The previewer's pictures at its own size, or the latents where they are asked for.
+
+    Shapes: (B, 16, h, w) -> (B, 3, 8 h, 8 w).
+    """
+    return semantic_latents if output_type == "latent" else to_pictures(previewer(semantic_latents), output_type)
+
+
+def preview_pictures(previewer: Any, semantic_latents: Any) -> list[Image.Image]:
+    """Rough PIL pictures of semantic latents. Shapes: (B, 16, h, w) -> B pictures of 8 w x 8 h."""
+    if previewer is None:
+        raise ValueError("preview_pictures needs a previewer, and this pipeline has none; load it with previewer=…")
+    channels, shape = previewer.config.in_channels, tuple(getattr(semantic_latents, "shape", ()))
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(
+            f"preview_pictures takes semantic latents (B, {channels}, h, w), not {shape}; Stage C has them"
+        )
+    return rough(previewer, semantic_latents.to(previewer.device), "pil")
