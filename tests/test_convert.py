@@ -369,6 +369,9 @@ def test_the_command_for_a_lora(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "lora"), out, "--to", "kohya"]) == 0
     assert "bitwise" in capsys.readouterr().out
     assert describe(out).format == "kohya"
+    based = str(tmp_path / "based.safetensors")
+    assert main(["convert", str(tmp_path / "lora"), based, "--to", "kohya", "--base", "embedded"]) == 0
+    assert same(load_file(out), load_file(based))
     assert main(["convert", str(tmp_path / "lora"), out, "--to", "comfyui"]) == 2
     assert "exists; name another place" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "lora"), out, "--to", "peft", "--dtype", "float16"]) == 2

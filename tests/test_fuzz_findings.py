@@ -117,6 +117,19 @@ def test_configs_of_folders(tmp_path, file, changes):
     refused(lambda: StableCascadePipeline.from_pretrained(tmp_path, **given), name)
 
 
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder", "prior"])
+def test_a_network_without_its_config(tmp_path, name):
+    """transformers builds its own default then, with hundreds of megabytes, before the weights do not fit."""
+    for entry in sound_folder().iterdir():
+        if entry.name != name:
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / name).mkdir()
+    for entry in (sound_folder() / name).glob("*.safetensors"):
+        (tmp_path / name / entry.name).symlink_to(entry)
+    given = {key: part for key, part in tiny_parts().items() if key != name}
+    refused(lambda: StableCascadePipeline.from_pretrained(tmp_path, **given), f"{name}'", "it has no config.json")
+
+
 def test_configs_nest_and_list_within_bounds(tmp_path):
     (tmp_path / "config.json").write_text('{"a": ' * 30 + "1" + "}" * 30)
     refused(lambda: read_config(tmp_path / "config.json"), "config.json", "nested")

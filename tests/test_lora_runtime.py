@@ -196,12 +196,13 @@ def test_hotswap_of_another_rank_alpha_and_tool(tmp_path):
 def test_compiled_networks_are_not_compiled_again(tmp_path):
     """Room for rank 4 is made first; then neither rank nor alpha leads to another graph."""
     import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounter
 
     pipe = pipeline()
     pipe.enable_lora_hotswap(target_rank=4)
     pipe.load_lora_weights(whole_lora(tmp_path / "one", parts=["prior"]), adapter_name="mine")
     dynamo.reset()
-    counter = dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     attention = pipe.prior.down_blocks[0][2].attention
     compiled = torch.compile(attention.to_q, backend=counter)
     x = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,11 @@ def add_convert(commands: Any) -> None:
     networks.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the values; else kept")
     networks.add_argument("--config", metavar="PLACE", help="config.json of a network of your own size, or its folder")
     adapters = parser.add_argument_group("LoRA and learned tokens")
-    adapters.add_argument("--base", metavar="PLACE", help="pipeline that a LoRA is for, if it is not a released size")
+    adapters.add_argument(
+        "--base",
+        metavar="PLACE",
+        help="embedded, or the pipeline's folder: what a LoRA of no released size is for",
+    )
     adapters.add_argument(
         "--module-filters", nargs="+", metavar="FILTER", help="of the training: the original's files"
     )
@@ -70,6 +74,7 @@ def _networks(arguments: argparse.Namespace) -> Any:
 
 def _lora(arguments: argparse.Namespace) -> Any:
     from stable_cascade.adapters.conversion import convert_lora
+    from stable_cascade.embedded import embedded_path
     from stable_cascade.formats.writing import check_target
 
     _refuse(arguments, (*NETWORK_OPTIONS, "token"), "a LoRA, which keeps its own type")
@@ -78,7 +83,7 @@ def _lora(arguments: argparse.Namespace) -> Any:
         arguments.source,
         arguments.target,
         arguments.to,
-        base=arguments.base,
+        base=embedded_path() if arguments.base == "embedded" else arguments.base,
         module_filters=arguments.module_filters,
         train_tokens=arguments.train_token,
     )

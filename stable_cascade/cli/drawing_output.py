@@ -65,6 +65,8 @@ def check_targets(given: Mapping[str, Any]) -> None:
         ValueError: a file cannot be written there.
     """
     folder = given["output"]
+    if folder.suffix.lower() in ENDINGS:
+        raise ValueError(f"--output {quoted(folder)} is a folder's name here; use --sheet for one picture of them all")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -151,8 +151,9 @@ def load_folder(name: str, place: Path, dtype: torch.dtype, variant: str | None,
             return cls.from_single_file(place, torch_dtype=dtype)
         if name.endswith("scheduler"):
             return own_scheduler(read_config(place / "scheduler_config.json"), of_prior)
-        for config in place.glob("**/config.json"):
-            read_config(config)
+        configs = [read_config(config) for config in place.glob("**/config.json")]
+        if not configs and name not in WITHOUT_WEIGHTS:
+            raise ValueError("it has no config.json")  # transformers would build its own default size
         cls = getattr(importlib.import_module(module), cls_name)
         if name in ("tokenizer", "feature_extractor"):
             return cls.from_pretrained(place)
