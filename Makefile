@@ -25,7 +25,7 @@ QUICKSTART_ARGS = $(TRAIN_ARGS) --output $(QUICKSTART)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 RUN = $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
 
-.PHONY: help venv install install-test quality format test test-slow quickstart docs docs-pictures bench clean
+.PHONY: help venv install install-test quality format test test-slow quickstart docs docs-pictures bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z -]*:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
@@ -79,9 +79,11 @@ docs: $(VENV)/.installed-docs  ## docs/configuration.md from the config dataclas
 docs-pictures: $(VENV)/.installed-test  ## draw the pictures of the pages anew, with the embedded cascade
 	$(RUN) $(BIN)/python docs/pictures.py
 
-bench: $(VENV)/.installed  ## every script in benchmarks/, one after the other
-	@ls benchmarks/*.py >/dev/null 2>&1 || { echo 'benchmarks/ has no script yet'; exit 1; }
-	for script in benchmarks/*.py; do $(RUN) $(BIN)/python $$script; done
+bench: $(VENV)/.installed  ## ours and the peers in turns, scaled down, on this CPU; writes benchmarks/out/bench.json
+	$(RUN) $(BIN)/python -m benchmarks.run --results
+
+bench-gpu: $(VENV)/.installed  ## the same at real sizes with random weights, on a CUDA device
+	$(RUN) $(BIN)/python -m benchmarks.run --scale gpu --results
 
 clean:  ## remove .venv, caches, site and outputs/quickstart
 	rm -rf $(VENV) $(QUICKSTART) site .mypy_cache .ruff_cache .pytest_cache build stable_cascade.egg-info
