@@ -30,6 +30,7 @@ from stable_cascade.embedded import embedded_path
 from stable_cascade.formats import describe
 from tests.drawing_parts import checkered, half_mask, make_controlnet, make_lora, png_of_size
 from tests.fuzzing_images import bomb
+from tests.tiny_cascade import tiny_parts
 from tests.tiny_pipelines import cascade, reconstruction_pipeline, tiny_controlnet
 
 MEGAPIXELS_100 = (10_000, 10_000)
@@ -354,7 +355,7 @@ def test_drawings(what):
 
 def test_a_refused_lora_leaves_the_pipeline_as_it_was(place):
     """What was refused changes nothing: the same picture as before, bit by bit, and another LoRA still loads."""
-    pipeline = cascade()
+    pipeline = cascade(**tiny_parts())  # its own networks: they keep the LoRA that fits
 
     def draw() -> torch.Tensor:
         steps = {"prior_num_inference_steps": 1, "num_inference_steps": 1, "output_type": "pt"}
