@@ -34,8 +34,9 @@ SHORT = {
     "discriminator_channels": 4, "adversarial_start": 2, "revive_every": 2, "adversarial_weight": 0.1,
     "num_preview_images": 2,
 }  # fmt: skip
-SPLIT = {"adam_epsilon": 1e-4, "max_grad_norm": None, "lr": 3e-4}
-"""Some gradients are zero but for rounding, which Adam without this would blow up to a step's size."""
+SPLIT = {"adam_epsilon": 0.1, "max_grad_norm": 1e9, "lr": 0.03}
+"""Some gradients are zero but for rounding, which Adam with a small epsilon would blow up to a step's size; with this
+one, and without clipping, a step also shows a gradient that is right but for its scale."""
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def test_longer_run_continues_a_shorter_one_bitwise(tmp_path, folder):
 def test_batch_equals_its_parts(tmp_path, folder):
     whole = run(tmp_path, folder, grad_accum_steps=1, **SPLIT)
     parts = run(tmp_path, folder, grad_accum_steps=2, experiment_id="parts", **SPLIT)
-    assert_same(parts.parent / "step-00000006", whole.parent / "step-00000006", 1e-5)
+    assert_same(parts.parent / "step-00000006", whole.parent / "step-00000006", 5e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, folder):
