@@ -62,7 +62,7 @@ test: quality  ## quality, then the default tests (ten slowest and skip reasons 
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test  ## the tests marked slow, minutes long
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --timeout 3600 -m slow $(PYTEST_ARGS)
 
 quickstart: $(VENV)/.installed  ## draw, train a LoRA on the embedded cascade, draw again
 	rm -rf $(QUICKSTART)

@@ -43,6 +43,7 @@ EXTRAS = {
     "quality": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML>=6.0"],
     "test": [
         "pytest>=8.3",
+        "pytest-timeout>=2.3",  # a test that hangs fails by its name
         "pytest-xdist>=3.6",
         "s3fs>=2024.6",
         "moto[server]>=5.0",

@@ -9,7 +9,6 @@ from PIL import Image
 
 from stable_cascade.cli.drawing import drawings_of
 from stable_cascade.cli.drawing_options import parse_choice
-from stable_cascade.cli.drawing_output import slug
 from stable_cascade.cli.main import main, make_parser
 from stable_cascade.drawing import ControlChoice, Drawing, Drawn, InputFile, LoraChoice, read_drawing, save_picture
 from tests.drawing_parts import checkered, half_mask, make_controlnet, make_lora, png_of_size, same, saved
@@ -290,11 +289,3 @@ def test_a_picture_with_a_credential_asks_for_it_again(capsys):
 def test_numbers_behind_a_path(here, text, most, expected):
     (here / "photo:1").touch()
     assert parse_choice(text, "--lora", most) == expected
-
-
-def test_names_of_pictures():
-    assert slug("Red apple, (flat:1.2) style!") == "red-apple-flat-1-2-style"
-    assert slug("Äpfel: ../../etc/passwd") == "apfel-etc-passwd"
-    assert slug("a" * 99) == "a" * 40
-    assert slug("one two " * 9) == "one-two-one-two-one-two-one-two-one-two"
-    assert slug("苹果") == ""

@@ -19,7 +19,8 @@ from stable_cascade.drawing import (
     read_record,
     save_picture,
 )
-from stable_cascade.drawing.metadata import describe, parameters
+from stable_cascade.drawing.metadata import describe, parameters, slug
+from stable_cascade.drawing.pictures import decibels
 from stable_cascade.drawing.request import SAMPLERS, STRENGTHS
 from tests.drawing_parts import checkered, png_of_size, same, saved
 
@@ -206,6 +207,13 @@ def test_a_large_picture_is_not_decoded(tmp_path, monkeypatch):
 # What a PNG says about itself
 
 
+def test_decibels_of_two_pictures():
+    grey, lighter = (Image.new("RGB", (64, 64), (level,) * 3) for level in (100, 110))
+    assert decibels(grey, lighter) == pytest.approx(20 * np.log10(255 / 10))
+    assert decibels(grey, lighter.resize((32, 32))) == pytest.approx(20 * np.log10(255 / 10))
+    assert decibels(grey, grey) == pytest.approx(120)
+
+
 def drawn(**settings):
     return Drawn(checkered(), replace(FULL, **settings), 1.0, {"stable_cascade": "0.1.0", "torch": "2"})
 
@@ -231,6 +239,14 @@ def test_a_picture_is_never_overwritten(tmp_path):
     with pytest.raises(ValueError, match="exists; pictures are never overwritten"):
         save_picture(drawn(seed=8), path)
     assert path.read_bytes() == before
+
+
+def test_names_of_pictures():
+    assert slug("Red apple, (flat:1.2) style!") == "red-apple-flat-1-2-style"
+    assert slug("Äpfel: ../../etc/passwd") == "apfel-etc-passwd"
+    assert slug("a" * 99) == "a" * 40
+    assert slug("one two " * 9) == "one-two-one-two-one-two-one-two-one-two"
+    assert slug("苹果") == ""
 
 
 def test_credentials_are_not_written_and_the_record_says_so(tmp_path):

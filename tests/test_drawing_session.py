@@ -249,6 +249,11 @@ def test_changed_files_are_refused_unless_allowed(session, tmp_path):
         ({"dtype": "float16"}, {}, "the drawing has dtype 'float16', this session 'float32'"),
         ({"loras": (LoraChoice("none.safetensors"),)}, {}, "lora 'none.safetensors' does not exist"),
         ({"task": "control", "controlnets": (ControlChoice("nowhere"),)}, {}, "controlnet 'nowhere' does not exist"),
+        (
+            {"task": "control", "controlnets": (ControlChoice("nobody/nothing"),)},
+            {"control_images": (checkered(),)},
+            "'nobody/nothing' cannot be had from the Hub",
+        ),
         ({"seed": 2**63 - 1}, {}, "goes beyond"),
     ],
 )

@@ -8,10 +8,11 @@ import torch
 
 from stable_cascade import StableCascadePipeline, StableCascadeReconstructionPipeline
 from stable_cascade.embedded import embedded_path
+from stable_cascade.objectives.vqgan import psnr
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "embedded"
 sys.path.insert(0, str(EMBEDDED))
-from measures import distances, psnr, ranks, read_mosaic, shrink  # noqa: E402
+from measures import distances, ranks, read_mosaic, shrink  # noqa: E402
 
 
 def seeds(count: int) -> list[torch.Generator]:

@@ -112,7 +112,7 @@ def test_held_out_pictures_are_of_no_base_concept():
 
 
 def test_a_picture_is_its_own_nearest():
-    from measures import distances, psnr, ranks, read_mosaic, shrink
+    from measures import distances, ranks, read_mosaic, shrink
 
     _, _, tiles = read_mosaic(EMBEDDED / "captions_100.webp", side=32)
     right = torch.arange(100)
@@ -121,8 +121,6 @@ def test_a_picture_is_its_own_nearest():
     assert ranks(distances(shrink(tiles.roll(1, 0)), shrink(tiles)), right).min() > 0
     # Where everything is equally near, nothing is found.
     assert ranks(torch.ones(1, 100), torch.tensor([3])).item() == 99
-    noise = torch.randn(tiles.shape, generator=torch.Generator().manual_seed(0)) * 0.1
-    assert psnr(tiles + noise, tiles).mean().item() == pytest.approx(20.0, abs=0.1)
 
 
 def test_licence_texts_come_with_the_weights():

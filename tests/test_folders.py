@@ -5,7 +5,6 @@ import runpy
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from stable_cascade import (
@@ -23,9 +22,9 @@ from stable_cascade.embedded import embedded_path
 from stable_cascade.formats.checkpoints import merge_checkpoint
 from stable_cascade.formats.clip import to_openclip
 from stable_cascade.pipelines.hub import _weights
-from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.released_layout import file_bytes, released_folders, without
 from tests.tiny_cascade import DECODER, MULTIPLE, PRIOR, VQGAN
+from tests.tiny_pipelines import quiet
 
 FAST = {"height": 64, "width": 64, "prior_num_inference_steps": 1, "num_inference_steps": 1, "output_type": "pt"}
 
@@ -33,11 +32,6 @@ FAST = {"height": 64, "width": 64, "prior_num_inference_steps": 1, "num_inferenc
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     return released_folders(tmp_path_factory.mktemp("released"))
-
-
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def picture(pipeline):
@@ -109,20 +103,6 @@ def test_lite_of_one_stage(released):
     refused("lite names 'vqgan'; only prior and decoder", StableCascadePipeline.from_pretrained, first, lite=["vqgan"])
     bare = without(second, "prior_lite")
     refused(r"needs 'prior' \('prior_lite'\)", StableCascadePriorPipeline.from_pretrained, bare, lite=True)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with hub_stand_in() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.address)
-        template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield running
 
 
 def test_only_what_is_needed_is_downloaded(released, hub):

@@ -544,6 +544,15 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, base, message, format, h
     assert not target.exists()
 
 
+def test_a_folder_with_the_targets_name_stays(tmp_path, base):
+    kept = tmp_path / "x.safetensors" / "kept.txt"
+    kept.parent.mkdir()
+    kept.touch()
+    with pytest.raises(ValueError, match=r"target '.*x\.safetensors' is a folder and is not replaced"):
+        convert_lora(trained(tmp_path), kept.parent, "kohya", base=base)
+    assert kept.is_file()
+
+
 def test_a_part_for_stage_b_goes_into_peft_alone(tmp_path, base):
     decoder = tiny_decoder()
     add_lora(decoder, module_filters=[".attn"], rank=2)

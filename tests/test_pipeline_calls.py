@@ -32,11 +32,6 @@ from tests.tiny_pipelines import (
 )
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return cascade()
-
-
 def test_every_task_gives_the_same_picture_alone_or_in_a_batch():
     pipeline, images, control = cascade(controlnet=tiny_controlnet()), pictures(2), edges(2)
     tasks = {

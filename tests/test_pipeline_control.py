@@ -25,16 +25,6 @@ from tests.tiny_pipelines import (
 )
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return cascade()
-
-
-@pytest.fixture(scope="module")
-def controlled():
-    return cascade(controlnet=tiny_controlnet())
-
-
 def test_a_controlnet_changes_the_picture_as_much_as_its_scale_says(controlled, pipeline):
     latent = FAST | {"output_type": "latent"}
     plain = pipeline("red dog", generator=seeds(1), **latent).images

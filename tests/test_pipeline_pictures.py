@@ -17,7 +17,6 @@ from tests.tiny_pipelines import (
     FAST,
     FOUR,
     PARTS,
-    cascade,
     decoder_pipeline,
     embedded,
     emojis,
@@ -29,11 +28,6 @@ from tests.tiny_pipelines import (
     times_of,
     to_pil,
 )
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return cascade()
 
 
 def test_strength_0_is_the_reconstruction_bit_by_bit(pipeline):

@@ -16,12 +16,6 @@ from tests.tiny_pipelines import (
     tiny_controlnet,
 )
 
-
-@pytest.fixture(scope="module")
-def controlled():
-    return cascade(controlnet=tiny_controlnet())
-
-
 PICTURE, GREY = torch.rand(3, 64, 64, generator=seeds(0)[0]), Image.new("L", (64, 64))
 REFUSALS = [
     ("mask_image is given without image", {"mask_image": GREY}),

@@ -33,11 +33,6 @@ from tests.tiny_pipelines import (
 )
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    return cascade()
-
-
 def test_pictures_in_every_form(pipeline):
     images = {kind: pipeline("red dog", generator=seeds(0)[0], **FAST | {"output_type": kind}).images
               for kind in ("pil", "np", "pt", "latent")}  # fmt: skip

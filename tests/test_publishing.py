@@ -26,20 +26,6 @@ from tests.toy_run import toy_config, toy_train
 from tests.trainer_runs import ROOT
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with hub_stand_in() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.address)
-        template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield running
-
-
 def front_matter(text):
     return yaml.safe_load(text.split("---\n")[1])
 

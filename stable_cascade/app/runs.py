@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from queue import Queue
 from typing import Any
 
 from PIL import Image
@@ -35,7 +35,8 @@ class Run:
     def __init__(self, work: Callable[[Callable[..., None]], Iterable[Any]]) -> None:
         self._work = work
         self._stop = threading.Event()
-        self._news: Queue[Any] = Queue()
+        self._news: deque[Any] = deque()
+        self._told = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
 
     def stop(self) -> None:
@@ -53,18 +54,10 @@ class Run:
         """
         self._thread.start()
         try:
-            waiting: list[Any] = []
-            while True:
-                one = waiting.pop(0) if waiting else self._news.get()
-                for _ in range(self._news.qsize()):  # not until it is empty: the work may be faster than this
-                    waiting.append(self._news.get())
-                if isinstance(one, _End):
-                    if one.error is not None:
-                        raise one.error
-                    return
-                if isinstance(one, Step) and waiting and isinstance(waiting[0], Step):
-                    continue
+            while not isinstance(one := self._next(), _End):
                 yield one
+            if one.error is not None:
+                raise one.error
         finally:
             self.stop()
             self._thread.join()
@@ -73,15 +66,28 @@ class Run:
         error: BaseException | None = None
         try:
             for result in self._work(self._on_step):
-                self._news.put(result)
+                self._tell(result)
         except BaseException as raised:  # whatever it is, the reader gets it; a thread would only print it
             error = raised
-        self._news.put(_End(error))
+        self._tell(_End(error))
 
     def _on_step(self, stage: str, step: int, total: int, preview: Image.Image | None = None) -> None:
         if self._stop.is_set():
             raise Stopped
-        self._news.put(Step(stage, step, total, preview))
+        self._tell(Step(stage, step, total, preview))
+
+    def _tell(self, one: Any) -> None:
+        with self._told:
+            if self._news and isinstance(one, Step) and isinstance(self._news[-1], Step):
+                self._news[-1] = one  # nobody looked at the one before
+            else:
+                self._news.append(one)
+            self._told.notify()
+
+    def _next(self) -> Any:
+        with self._told:
+            self._told.wait_for(lambda: self._news)
+            return self._news.popleft()
 
 
 @dataclass(frozen=True)
