@@ -16,8 +16,8 @@ from tests.tiny_cascade import MULTIPLE, WORDS, tiny_decoder, tiny_parts, tiny_p
 ROOT = Path(__file__).parent.parent
 SIZES = ((48, 40), (30, 60), (64, 64), (70, 35), (40, 48), (33, 90))
 ROUNDED = {"adam_epsilon": 0.1, "max_grad_norm": 1e9, "lr": 0.03}
-"""Keys' biases have the gradient zero but for rounding, which Adam with a small epsilon would blow up to a step's size;
-with this one, and without clipping, a step also shows a gradient that is right but for its scale."""
+"""Keys' biases have the gradient zero but for rounding, which Adam with a small epsilon would blow up to a step's
+size; with this one, and without clipping, a step also shows a gradient that is right but for its scale."""
 LORA, TOKENS = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 
 

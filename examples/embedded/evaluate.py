@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from concepts import BASE_LABELS, INK_LABELS, caption_name
-from measures import distances, mean_nearest_distance, psnr, ranks, read_mosaic, read_shard, shrink, write_sheet
+from measures import distances, mean_nearest_distance, ranks, read_mosaic, read_shard, shrink, write_sheet
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -85,6 +85,8 @@ def retrieval(arguments: argparse.Namespace) -> dict:
 
 def reconstruction(arguments: argparse.Namespace) -> dict:
     """Mean PSNR of held-out pictures after image encoder, sampled Stage B and Stage A."""
+    from stable_cascade.objectives.vqgan import psnr
+
     _, _, pictures = read_mosaic(HERE / "held_out_200.webp", side=SIDE)
     pipeline = load_pipeline(arguments, "StableCascadeReconstructionPipeline")
     outputs = []

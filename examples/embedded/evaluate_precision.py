@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 
 import torch
-from measures import distances, psnr, ranks, read_mosaic, shrink
+from measures import distances, ranks, read_mosaic, shrink
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -86,6 +86,8 @@ def drawn(pipeline, captions: list[str], batch_size: int = 20) -> Tensor:
 
 def measure(form: str, data: dict, exact: dict | None, model: str | Path | None = None, device: str = "cpu") -> dict:
     """The columns of one form; `exact` is what this returned for float32, None for float32 itself."""
+    from stable_cascade.objectives.vqgan import psnr
+
     drawing, rebuilding = load(form, model, device)
     back, pictures = rebuilt(rebuilding, data["held_out"]), drawn(drawing, data["captions"])
     target = data["targets"]

@@ -41,15 +41,6 @@ def mean_nearest_distance(latents: Tensor, targets: Tensor) -> float:
     return distances(latents, targets).min(1).values.mean().item()
 
 
-def psnr(pictures: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per picture in dB, for values in [0, 1].
-
-    Shapes: (B, 3, H, W) twice -> (B,).
-    """
-    error = (pictures.double() - references.double()).square().flatten(1).mean(1)
-    return -10 * error.clamp_min(1e-12).log10()
-
-
 def read_mosaic(path: Path, side: int) -> tuple[list[str], list[str], Tensor]:
     """Keys, captions and tiles of a mosaic written by prepare_data.py.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from stable_cascade.drawing import ControlChoice, Drawing, InputFile, LoraChoice, Pictures
+from stable_cascade.drawing.files import sha256_of
 from stable_cascade.wording import brief, quoted
 
 from .choices import NONE, chosen, name_of
@@ -180,7 +180,7 @@ def upload(task: str, path: Any, known: Known) -> tuple[Image.Image, InputFile]:
     if not path:
         raise ValueError(f"{task} needs a picture; upload one")
     picture = known.read(path)
-    return picture, InputFile(Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return picture, InputFile(Path(path).name, sha256_of([Path(path)]))
 
 
 def text(name: str, value: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from stable_cascade.drawing.request import STRENGTHS, ControlChoice, Drawing, LoraChoice
+
 from .choices import NONE
 
 REFERENCES = 3
@@ -17,30 +19,31 @@ AUTOMATIC = "automatic"
 class Form:
     """The values of the widgets, as the browser sends them: nothing of it is checked yet.
 
-    Pictures are paths of uploaded files, or None. A side or shift of 0 is left to the picture or the model.
+    What nobody changes is as in a new `Drawing`. Pictures are paths of uploaded files, or None. A side or shift of 0
+    is left to the picture or the model.
     """
 
-    task: Any = "generate"
-    prompt: Any = ""
-    negative_prompt: Any = ""
-    weighted: Any = False
+    task: Any = Drawing.task
+    prompt: Any = Drawing.prompt
+    negative_prompt: Any = Drawing.negative_prompt
+    weighted: Any = Drawing.weighted
     width: Any = 0
     height: Any = 0
-    seed: Any = 0
+    seed: Any = Drawing.seed
     new_seed: Any = True
     count: Any = 1
-    prior_num_inference_steps: Any = 20
-    prior_guidance_scale: Any = 4.0
-    num_inference_steps: Any = 10
-    decoder_guidance_scale: Any = 1.1
-    guidance_rescale: Any = 0.7
-    guidance_start: Any = 0.0
-    guidance_end: Any = 1.0
+    prior_num_inference_steps: Any = Drawing.prior_num_inference_steps
+    prior_guidance_scale: Any = Drawing.prior_guidance_scale
+    num_inference_steps: Any = Drawing.num_inference_steps
+    decoder_guidance_scale: Any = Drawing.decoder_guidance_scale
+    guidance_rescale: Any = Drawing.guidance_rescale
+    guidance_start: Any = Drawing.guidance_interval[0]
+    guidance_end: Any = Drawing.guidance_interval[1]
     sampler: Any = AUTOMATIC
     shift: Any = 0
-    preview: Any = False
+    preview: Any = Drawing.preview
     image: Any = None
-    strength: Any = 0.6
+    strength: Any = STRENGTHS["img2img"]
     reference_1: Any = None
     reference_2: Any = None
     reference_3: Any = None
@@ -48,22 +51,22 @@ class Form:
     reference_weight_2: Any = 1.0
     reference_weight_3: Any = 1.0
     edited: Any = None
-    inpaint_strength: Any = 1.0
+    inpaint_strength: Any = STRENGTHS["inpaint"]
     controlnet: Any = NONE
     control_image: Any = None
     control_filter: Any = OWN_FILTER
-    control_filtered: Any = False
-    control_scale: Any = 1.0
-    control_start: Any = 0.0
-    control_end: Any = 1.0
+    control_filtered: Any = ControlChoice.filtered
+    control_scale: Any = ControlChoice.scale
+    control_start: Any = ControlChoice.start
+    control_end: Any = ControlChoice.end
     lora_1: Any = NONE
     lora_2: Any = NONE
     lora_3: Any = NONE
     lora_4: Any = NONE
-    lora_weight_1: Any = 1.0
-    lora_weight_2: Any = 1.0
-    lora_weight_3: Any = 1.0
-    lora_weight_4: Any = 1.0
+    lora_weight_1: Any = LoraChoice.weight
+    lora_weight_2: Any = LoraChoice.weight
+    lora_weight_3: Any = LoraChoice.weight
+    lora_weight_4: Any = LoraChoice.weight
     reconstructed: Any = None
 
     def numbered(self, name: str, count: int) -> list[Any]:

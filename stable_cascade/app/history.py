@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_cascade.drawing import Drawing, Drawn, save_picture
+from stable_cascade.drawing.metadata import slug
 
 from .form import Form
 
@@ -48,7 +49,8 @@ class History:
 
     def keep(self, drawn: Drawn, form: Form) -> str:
         """The name of the new file; the oldest one goes when there are too many."""
-        name = f"{_slug(drawn.drawing)}-{secrets.token_hex(8)}.png"
+        words = slug(drawn.drawing.prompt, 32) or drawn.drawing.task
+        name = f"{words}-{drawn.drawing.seed}-{secrets.token_hex(8)}.png"
         path = save_picture(drawn, self.folder / name)
         kept = replace(form, seed=drawn.drawing.seed, new_seed=False, count=1)
         with self._lock:
@@ -100,8 +102,3 @@ def values_of(entry: Entry) -> tuple[dict[str, Any], list[str]]:
         values["edited"] = None
         lost.append("edited")
     return values, ["its input picture is no longer there; upload it again"] if lost else []
-
-
-def _slug(drawing: Drawing) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower()).strip("-")[:32].strip("-") or drawing.task
-    return f"{words}-{drawing.seed}"[:60]

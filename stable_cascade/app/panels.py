@@ -28,9 +28,12 @@ def size_and_seed(widgets: dict[str, Any]) -> None:
     with gr.Row():
         for side in ("width", "height"):
             widgets[side] = gr.Number(
-                0, label=side.capitalize(), info="0 is automatic", step=8, min_width=90, elem_id=side
-            )
-        widgets["count"] = gr.Number(1, label="Pictures", info="seeds in a row", min_width=90, elem_id="count")
+                getattr(FIRST, side), label=side.capitalize(), info="0 is automatic", step=8,
+                min_width=90, elem_id=side,
+            )  # fmt: skip
+        widgets["count"] = gr.Number(
+            FIRST.count, label="Pictures", info="seeds in a row", min_width=90, elem_id="count"
+        )
     with gr.Row(equal_height=True):
         widgets["seed"] = gr.Number(FIRST.seed, label="Seed", scale=2, min_width=120, elem_id="seed")
         with gr.Column(scale=3, min_width=180):
@@ -52,8 +55,9 @@ def lora_picker(widgets: dict[str, Any], studio: Studio) -> None:
                 widgets[f"lora_{number}"] = gr.Dropdown(
                     [NONE, *names], value=NONE, label=f"LoRA {number}", min_width=160, elem_id=f"lora_{number}"
                 )
-                widgets[f"lora_weight_{number}"] = gr.Slider(
-                    -2, 2, 1, step=0.05, label=f"Weight of LoRA {number}", min_width=160
+                weight = f"lora_weight_{number}"
+                widgets[weight] = gr.Slider(
+                    -2, 2, getattr(FIRST, weight), step=0.05, label=f"Weight of LoRA {number}", min_width=160
                 )
             widgets["lora_rows"].append(row)
         widgets["refresh"] = gr.Button("Look for new files", size="sm", visible=given)
@@ -80,11 +84,15 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
                 0, 5, FIRST.decoder_guidance_scale, step=0.1, label="Guidance of Stage B", info="1 switches it off"
             )
         with gr.Row():
-            widgets["sampler"] = gr.Dropdown([AUTOMATIC, *SAMPLERS], value=AUTOMATIC, label="Sampler")
-            widgets["shift"] = gr.Number(0, label="Shift of Stage C", info="0 is automatic", step=0.1)
+            widgets["sampler"] = gr.Dropdown([AUTOMATIC, *SAMPLERS], value=FIRST.sampler, label="Sampler")
+            widgets["shift"] = gr.Number(FIRST.shift, label="Shift of Stage C", info="0 is automatic", step=0.1)
             widgets["guidance_rescale"] = gr.Slider(0, 1, FIRST.guidance_rescale, step=0.05, label="Guidance rescale")
         with gr.Row():
-            widgets["guidance_start"] = gr.Slider(0, 1, 0, step=0.05, label="Guidance from", info="time, 0 is clean")
-            widgets["guidance_end"] = gr.Slider(0, 1, 1, step=0.05, label="Guidance to", info="time, 1 is noise")
-        widgets["weighted"] = gr.Checkbox(False, label="read weights in the prompt, as in (apple:1.3)")
-        widgets["preview"] = gr.Checkbox(False, label="draft: show Stage C's rough picture and stop there")
+            widgets["guidance_start"] = gr.Slider(
+                0, 1, FIRST.guidance_start, step=0.05, label="Guidance from", info="time, 0 is clean"
+            )
+            widgets["guidance_end"] = gr.Slider(
+                0, 1, FIRST.guidance_end, step=0.05, label="Guidance to", info="time, 1 is noise"
+            )
+        widgets["weighted"] = gr.Checkbox(FIRST.weighted, label="read weights in the prompt, as in (apple:1.3)")
+        widgets["preview"] = gr.Checkbox(FIRST.preview, label="draft: show Stage C's rough picture and stop there")

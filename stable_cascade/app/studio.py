@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from stable_cascade.drawing.pictures import decibels
+
 from .actions import Known, Wish, described, filter_name, random_seed, settings_of, upload, wish
 from .choices import NONE, controlnet_paths, lora_files
 from .form import Form
@@ -148,7 +150,7 @@ class Studio:
         path = self.history.entry(name).path
         line = f"{described(news.drawing)} · {news.drawing.width} x {news.drawing.height} · {news.seconds:.1f} s"
         if now.original is not None:
-            line = f"{line} · PSNR {decibels(now.original, news.picture):.1f} dB"
+            line = f"{line} · PSNR {decibels(news.picture, now.original):.1f} dB"
         return replace(now, line=line, picture=path, finished=(*now.finished, name))
 
 
@@ -164,14 +166,6 @@ def filtered(picture: Image.Image, name: str, side: int) -> Image.Image:
 
     pixels = resize_to_cover(to_pixels(picture)[0], (side, side))[None]
     return to_pictures(control_picture(make_filter(name)(pixels)), "pil")[0]
-
-
-def decibels(original: Image.Image, result: Image.Image) -> float:
-    """PSNR of two pictures of the same size."""
-    from stable_cascade.objectives.vqgan import psnr
-    from stable_cascade.pipelines.outputs import to_pixels
-
-    return float(psnr(to_pixels(result), to_pixels(original)))
 
 
 def _pictures(count: int) -> str:

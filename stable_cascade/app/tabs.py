@@ -67,7 +67,8 @@ def _variation(widgets: dict[str, Any], studio: Studio) -> None:
             with gr.Column(min_width=120):
                 name = f"reference_{number}"
                 widgets[name] = uploaded_picture(f"Picture {number}", name, height=170)
-                widgets[f"reference_weight_{number}"] = gr.Slider(0, 2, 1, step=0.05, label="Weight")
+                weight = f"reference_weight_{number}"
+                widgets[weight] = gr.Slider(0, 2, getattr(FIRST, weight), step=0.05, label="Weight")
 
 
 def _inpaint(widgets: dict[str, Any], studio: Studio) -> None:
@@ -101,11 +102,13 @@ def _control(widgets: dict[str, Any], studio: Studio) -> None:
             label="What the ControlNet sees", interactive=False, height=230, format="png", buttons=["download"],
             elem_id="control_preview",
         )  # fmt: skip
-    widgets["control_filtered"] = gr.Checkbox(False, label="the picture is a control image already (use no filter)")
+    widgets["control_filtered"] = gr.Checkbox(
+        FIRST.control_filtered, label="the picture is a control image already (use no filter)"
+    )
     with gr.Row():
-        widgets["control_scale"] = gr.Slider(0, 2, 1, step=0.05, label="Scale", min_width=100)
-        widgets["control_start"] = gr.Slider(0, 1, 0, step=0.05, label="Start", min_width=100)
-        widgets["control_end"] = gr.Slider(0, 1, 1, step=0.05, label="End", min_width=100)
+        widgets["control_scale"] = gr.Slider(0, 2, FIRST.control_scale, step=0.05, label="Scale", min_width=100)
+        widgets["control_start"] = gr.Slider(0, 1, FIRST.control_start, step=0.05, label="Start", min_width=100)
+        widgets["control_end"] = gr.Slider(0, 1, FIRST.control_end, step=0.05, label="End", min_width=100)
 
 
 def _reconstruct(widgets: dict[str, Any], studio: Studio) -> None:

@@ -231,11 +231,9 @@ def _entry(session: Session, drawn: Drawn, path: Path) -> dict[str, Any]:
 
 
 def _psnr(session: Session, drawn: Drawn) -> float:
-    """How near a reconstruction is to its original, in dB; 100 for the same."""
-    import numpy as np
+    """How near a reconstruction is to its original, in dB."""
+    from stable_cascade.drawing.pictures import decibels
 
     original = session.original(drawn.drawing)
     assert original is not None
-    original = original.resize(drawn.picture.size) if original.size != drawn.picture.size else original
-    difference = np.asarray(original, np.float64) - np.asarray(drawn.picture, np.float64)
-    return float(-10 * np.log10(max((difference**2).mean() / 255**2, 1e-10)))
+    return decibels(drawn.picture, original)

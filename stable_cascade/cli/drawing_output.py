@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +88,7 @@ def check_picture_name(target: Path, option: str) -> None:
 
 def new_path(folder: Path, drawn: Drawn) -> Path:
     """Writes the picture under a name of its own: its seed and words of its prompt, or its input picture's name."""
-    from stable_cascade.drawing.metadata import save_picture
+    from stable_cascade.drawing.metadata import save_picture, slug
 
     drawing = drawn.drawing
     source = Path(drawing.image.path).stem if drawing.image is not None else ""
@@ -141,15 +139,6 @@ def write_json(
         "made_with": dict(made_with),
     }
     print(json.dumps(result, indent=2))
-
-
-def slug(text: str, longest: int = 40) -> str:
-    """Words of a text as part of a file name: lower case, digits and hyphens, cut at a word where that is possible."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
-    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-    if len(words) <= longest:
-        return words
-    return words[: longest + 1].rpartition("-")[0] or words[:longest]
 
 
 def _numbered(path: Path) -> Iterator[Path]:

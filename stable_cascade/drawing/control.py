@@ -144,10 +144,9 @@ def load_controlnet(choice: ControlChoice, source: ControlSource, dtype: torch.d
 def _local(path: str) -> Path:
     if not is_hub_name(path):
         return Path(path)
-    from huggingface_hub import snapshot_download
+    from stable_cascade.pipelines.hub import hub_folder
 
-    wanted = ["*.json", "*.safetensors", "controlnet/*.json", "controlnet/*.safetensors"]
-    return Path(snapshot_download(path, allow_patterns=wanted))
+    return hub_folder(path, (), None, {}, ("*.json", "*.safetensors"))
 
 
 def _channels(place: Path, known: Mapping[str, Any]) -> int | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +60,15 @@ def save_picture(drawn: Drawn, path: str | os.PathLike[str]) -> Path:
     except FileExistsError:
         raise ValueError(f"{quoted(target)} exists; pictures are never overwritten, choose another name") from None
     return target
+
+
+def slug(text: str, longest: int = 40) -> str:
+    """Words of a text as part of a file name: lower case, digits and hyphens, cut at a word where that is possible."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    if len(words) <= longest:
+        return words
+    return words[: longest + 1].rpartition("-")[0] or words[:longest]
 
 
 def describe(drawing: Drawing, made_with: Mapping[str, Any]) -> dict[str, Any]:

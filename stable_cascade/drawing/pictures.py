@@ -1,4 +1,4 @@
-"""Picture files from anywhere, decoded within bounds; what cannot be read is one line."""
+"""Picture files from anywhere, decoded within bounds; what cannot be read is one line; and PSNR."""
 
 from __future__ import annotations
 
@@ -117,6 +117,15 @@ def in_mode(image: Image.Image, mode: str | None = "RGB", paper: str = "white") 
     picture = image.convert(mode)
     picture.info.clear()
     return picture
+
+
+def decibels(picture: Image.Image, original: Image.Image) -> float:
+    """PSNR of a picture, with its original resized to it where they differ; 120 for the same."""
+    from stable_cascade.objectives.vqgan import psnr
+    from stable_cascade.pipelines.outputs import to_pixels
+
+    original = original if original.size == picture.size else original.resize(picture.size)
+    return psnr(to_pixels(picture), to_pixels(original)).item()
 
 
 def _formats() -> list[str]:

@@ -24,7 +24,7 @@ def hub_folder(
     from huggingface_hub import snapshot_download
 
     options = {key: value for key, value in options.items() if key != "proxies"}
-    listed = _listed(name, options)
+    listed = _listed(name, options) if parts else None
     wanted = ["model_index.json", *files]
     for part in parts:
         wanted += [f"{part}/*.json", f"{part}/*.txt", *_weights(part, variant, listed)]

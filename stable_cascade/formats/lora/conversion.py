@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stable_cascade.formats.writing import whole, write_tensors
 from stable_cascade.wording import quoted
 
 from .file import FILTERS_KEY, LoraFile
@@ -138,13 +138,16 @@ def _encoded(
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], report: Report) -> None:
-    """Writes a file whole or not at all, so that it may replace its own source."""
-    from safetensors.torch import save_file
+    """Writes a file whole or not at all, so that it may replace its own source.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, beside, dict(header))
-    os.replace(beside, path)
+    Raises:
+        ValueError: a folder has its name.
+    """
+    if path.is_dir():
+        raise ValueError(f"target {quoted(path)} is a folder and is not replaced; name another place")
+    own = {key: value.clone() for key, value in tensors.items()}  # layers may share one, which safetensors refuses
+    with whole(path) as temporary:
+        write_tensors(temporary, own, header)
     report.files.append(str(path))
 
 
