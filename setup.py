@@ -36,6 +36,7 @@ EXTRAS = {
     "identity": ["insightface>=0.7", "onnxruntime>=1.17"],
     "controlnet_aux": ["controlnet-aux>=0.0.9"],  # its own requirements bring torchvision
     "quant": ["bitsandbytes>=0.46"],
+    "float8": ["torchao>=0.14"],
     "app": ["gradio>=6.31,<7"],
     "docs": ["mkdocs-material>=9.5"],
     "tensorboard": ["tensorboard>=2.16"],

@@ -71,11 +71,11 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def our_batches(shard: Path) -> Iterator[int]:
-    """The number of pictures of each batch of the library's stream."""
+    """The number of pictures of each batch of the library's stream, whose pixels stay bytes as for a GPU."""
     from stable_cascade.data import index_samples, training_batches
 
     index = index_samples(str(shard), cache_dir=str(shard.parent / "index"))
-    stream = training_batches(index, image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS)
+    stream = training_batches(index, image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS, as_stored=True)
     return (len(batch.keys) for batch in stream)
 
 

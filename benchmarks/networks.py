@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from stable_cascade.compilation import expect_many_sizes
 from stable_cascade.models.presets import PRESETS
+from stable_cascade.models.unet import NO_SPLIT
 
-from .measure import Row, in_turns
+from .measure import Row, in_turns, seconds
 from .proxies import decoder_inputs, decoder_pair, prior_inputs, prior_pair, vqgan_pair
 from .scale import Scale
 
@@ -22,6 +25,7 @@ def rows(scale: Scale) -> Iterator[Row]:
     yield compared(scale, "prior forward, batch 2", ours, peer, lambda network: forward(network, inputs), "UNet")
     inputs = prior_inputs(scale.prior, 1, scale.semantic, scale.dtype, scale.device)
     yield compared(scale, "prior forward + backward", ours, peer, lambda network: gradients(network, inputs), "UNet")
+    yield compiled_row(scale, ours, peer)
     del ours, peer
     ours, peer = (network.to(scale.device) for network in decoder_pair(scale.decoder, scale.dtype))
     inputs = decoder_inputs(scale.decoder, 1, scale.vq, scale.semantic, scale.dtype, scale.device)
@@ -31,6 +35,30 @@ def rows(scale: Scale) -> Iterator[Row]:
     latents = torch.randn(1, 4, scale.vq, scale.vq, device=scale.device, dtype=scale.dtype)
     row = f"decode {4 * scale.vq} px"
     yield compared(scale, row, ours, peer, lambda network: decode(network, latents), "PaellaVQModel")
+
+
+def compiled_row(scale: Scale, ours: Any, peer: Any) -> Row:
+    """Forward and backward of the prior once more, both networks compiled block by block.
+
+    Compiling is the warm-up, outside the figures; the row's note has its time.
+    """
+    inputs = prior_inputs(scale.prior, 1, scale.semantic, scale.dtype, scale.device)
+    for network in (ours, peer):
+        compile_repeated(network)
+    own, theirs = (seconds(partial(gradients, network, inputs)) for network in (ours, peer))
+    return in_turns(
+        "prior forward + backward, compiled", partial(gradients, ours, inputs), partial(gradients, peer, inputs),
+        peer_name="diffusers UNet, compiled by block", rounds=max(1, scale.rounds // 2),
+        note=f"compiling took ours {own:.0f} s, the peer {theirs:.0f} s",
+    )  # fmt: skip
+
+
+def compile_repeated(network: Any) -> None:
+    """Compiles each block, in diffusers' class too, which does not name those that repeat."""
+    expect_many_sizes()
+    for block in network.modules():
+        if type(block).__name__ in NO_SPLIT:
+            block.compile(dynamic=True)
 
 
 def compared(

@@ -56,7 +56,8 @@ def line(row: Row) -> str:
     ratio = "" if row.ratio is None else f"**{row.ratio:.2f}**"
     spread = "" if row.spread is None else f"{row.spread[0]:.2f} … {row.spread[1]:.2f}"
     peer = "" if row.peer is None else f"{row.peer:.3g}"
-    return f"| {row.row} | {row.ours:.3g} | {peer} | {row.unit} | {ratio} | {spread} | {row.peer_name} |"
+    named = "; ".join(filter(None, (row.peer_name, row.note)))
+    return f"| {row.row} | {row.ours:.3g} | {peer} | {row.unit} | {ratio} | {spread} | {named} |"
 
 
 def write_results(rows: list[Row], scale: Scale) -> Path:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +39,9 @@ def rows(scale: Scale) -> Iterator[Row]:
     rounds = scale.slow["training"]
     yield lora_row(scale, rounds, live=True)
     yield lora_row(scale, rounds, live=False)
+    if scale.dtype is torch.float32:
+        yield lora_row(replace(scale, dtype=torch.bfloat16), rounds, live=True)
+        yield lora_row(replace(scale, dtype=torch.bfloat16), rounds, live=False)
     yield finetune_row(scale, rounds)
     yield controlnet_row(scale, rounds)
     if scale.device == "cpu":
@@ -53,7 +57,7 @@ def lora_row(scale: Scale, rounds: int, *, live: bool) -> Row:
     own = our_step(scale, ours, clean, hidden, pooled, image)
     encode = live_encoders(scale) if live else lambda: (clean, hidden, pooled, image)
     name = "diffusers UNet + PEFT" + (", encoders live" if live else ", cached as well")
-    row = f"LoRA step, {PIXELS_PER_LATENT * scale.semantic} px, batch 1" + (", cached conditions" if live else "")
+    row = f"LoRA step, {PIXELS_PER_LATENT * scale.semantic} px, {str(scale.dtype).removeprefix('torch.')}"
     return in_turns(row, own, peer_step(scale, peer, encode), peer_name=name, rounds=rounds)
 
 

@@ -23,6 +23,7 @@ from stable_cascade.diffusion.process import add_noise
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
 from stable_cascade.embedded import embedded_path
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.clip_image import clip_pixels
 from stable_cascade.models.text import encode_prompts
 from stable_cascade.training.optimizers import learning_rate_share
@@ -30,7 +31,7 @@ from stable_cascade.training.randomness import seeded
 
 LEFT_OUT = (
     "lora_checkpoint_path", "module_excludes", "rank_pattern", "token_lr", "train_text_encoder", "regularization_path",
-    "masked_loss", "cache", "allow_missing_captions", "crops_per_image",
+    "masked_loss", "cache", "allow_missing_captions", "crops_per_image", "compile", "float8",
 )  # fmt: skip
 """Options that change what is trained, or how, and that this file does without."""
 
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         lora_dropout=config.lora_dropout, use_dora=config.use_dora, seed=config.seed,
     )  # fmt: skip
     if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing()
+        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
     prior.train()
     text_encoder.train()
     parameters = [value for part in (prior, text_encoder) for value in part.parameters() if value.requires_grad]

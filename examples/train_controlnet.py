@@ -8,6 +8,7 @@ import torch
 
 from stable_cascade import factory
 from stable_cascade.config import ControlNetConfig, load_config, run_main
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.plan import plan_training
 from stable_cascade.previews import prior_previews
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     control = factory.control_images(control_filter, device)
     controlnet = factory.controlnet(config, prior, control_filter).to(device)
     if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing()
-        controlnet.enable_gradient_checkpointing()
+        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
+        controlnet.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
     model = ConditionedPrior(prior, inputs.text, controlnet)
     weighting = factory.loss_weight(config)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stable_cascade import factory
 from stable_cascade.config import DecoderConfig, load_config, run_main
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.objectives.decoder import decoder_loss
 from stable_cascade.plan import plan_training
 from stable_cascade.previews import decoder_previews
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     embed_text = factory.frozen_text(config, device)
     decoder = factory.network(config, "decoder")
     if config.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing()
+        decoder.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
     weighting = factory.loss_weight(config)
     batches = factory.batches(config, index, accelerator, factor=encoder.stride)
 

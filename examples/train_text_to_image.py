@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stable_cascade import factory
 from stable_cascade.config import TextToImageConfig, load_config, run_main
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.plan import plan_training
 from stable_cascade.previews import prior_previews
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = factory.prior_inputs(config, accelerator, index)
     prior = factory.network(config, "prior")
     if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing()
+        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
     model = ConditionedPrior(prior, inputs.text)
     weighting = factory.loss_weight(config)
 

@@ -10,6 +10,7 @@ import torch
 
 from stable_cascade import factory
 from stable_cascade.config import VQGANConfig, load_config, run_main
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.discriminator import PatchDiscriminator
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.objectives.vqgan import AdversarialAutoencoder, latent_scale, prepare_new, vqgan_loss
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if new:
         prepare_new(vqgan, first, seed=config.seed)
     if config.gradient_checkpointing:
-        vqgan.enable_gradient_checkpointing()
+        vqgan.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
     model = AdversarialAutoencoder(vqgan, make_discriminator(config), quantize=config.quantize_share > 0)
     revival = None
     if model.quantize and config.revive_every:
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         batch, step = numbered_batch.batch, numbered_batch.step
         if revival is not None:
             revival.before(step)
-        pixels = batch.pixels.to(device)
+        pixels = factory.shown(batch, device)
         as_codes = chosen(batch.seeds, "quantize", config.quantize_share)
         rebuilt = model(pixels, as_codes, adversarial=step >= config.adversarial_start)
         if revival is not None:
@@ -92,7 +93,7 @@ def first_pictures(config: VQGANConfig, index, stride: int) -> torch.Tensor:
 
     Shapes: -> (up to 64, 3, H, W) in [0, 1].
     """
-    alone = SimpleNamespace(num_processes=1, process_index=0)
+    alone = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
     whole = replace(config, grad_accum_steps=1, num_workers=0)
     return next(factory.batches(whole, index, alone, factor=stride)(0)).pixels[:MEASURED]
 

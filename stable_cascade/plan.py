@@ -8,10 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stable_cascade import factory
 from stable_cascade.adapters import lora_ranks
+from stable_cascade.compilation import check_compiler
 from stable_cascade.data import make_buckets
 from stable_cascade.redaction import redacted
+from stable_cascade.training.float8 import SMALLEST, check_float8
 from stable_cascade.training.optimizers import check_optimizer
 from stable_cascade.training.tracking import LAUNCH_SHARDED
 
@@ -39,6 +43,10 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
         entries.append(("optimizer", partial(_optimizer_entry, config)))
     if hasattr(config, "controlnet_filter"):
         entries.append(("controlnet", partial(_controlnet_entry, config)))
+    if config.float8:
+        entries.append(("float8", _float8_entry))
+    if config.compile:
+        entries.append(("compile", _compile_entry))
     if config.check:  # a training indexes its pictures right after this
         entries.append(("data", lambda: str(getattr(factory.samples(config), "report", "a stream"))))
     missing = 0
@@ -81,6 +89,18 @@ def _network_entry(config: Any, name: str) -> str:
     if not factory.remembered(config, name):
         _has_weights(where, factory.source_key(config, name))
     return f"{parameters:>13,} parameters from {where}"
+
+
+def _float8_entry() -> str:
+    """What is computed in float8, where the machine can."""
+    check_float8(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"linear layers with {SMALLEST} inputs and outputs or more"
+
+
+def _compile_entry() -> str:
+    """What is compiled, where torch finds a compiler."""
+    check_compiler("cuda" if torch.cuda.is_available() else "cpu")
+    return "each block of the networks that train, in the first step"
 
 
 def _text_entry(config: Any) -> str:

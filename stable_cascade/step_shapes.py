@@ -13,6 +13,7 @@ from stable_cascade import factory
 from stable_cascade.factory.clip import CLIP_IMAGE, CLIP_TEXT
 from stable_cascade.factory.networks import network_class, preset
 from stable_cascade.factory.quantization import quantizes
+from stable_cascade.models.checkpointing import chosen_contexts
 from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.training.memory import checkpointing
 
@@ -54,8 +55,7 @@ def prior_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch
         control = factory.control_filter(config)
         controlnet = factory.controlnet_on_meta(config, prior, control)
         image = _control_shape(config, control, size)
-    if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing(checkpointing(autocast))
+    _checkpoint(config, autocast, prior, controlnet)
     embed = _text(config, prior, serves)
     model = ConditionedPrior(prior, embed, controlnet)
     channels, (height, width) = prior.config.in_channels, _latents(config, size)
@@ -89,8 +89,7 @@ def decoder_step(config: Any, trainer: str, size: tuple[int, int], autocast: tor
     serves, encode = _encoders(config, size)
     serves["vqgan"] = vqgan
     serves["text encoder"] = _clip_text(config)
-    if config.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing(checkpointing(autocast))
+    _checkpoint(config, autocast, decoder)
     (height, width), settings = _latents(config, size), decoder.config
     latent = (settings.in_channels, size[0] // 4, size[1] // 4)
 
@@ -109,6 +108,15 @@ def decoder_step(config: Any, trainer: str, size: tuple[int, int], autocast: tor
         lambda rows: (encode(rows), vqgan.encode(_empty(rows, 3, *size)).latents),
         preview,
     )
+
+
+def _checkpoint(config: Any, autocast: torch.dtype | None, *networks: Any) -> None:
+    """Checkpointing as the config says, in every network that there is."""
+    if config.gradient_checkpointing:
+        function = checkpointing(autocast, chosen_contexts(config.gradient_checkpointing))
+        for network in networks:
+            if network is not None:
+                network.enable_gradient_checkpointing(function)
 
 
 def _encoders(config: Any, size: tuple[int, int]) -> tuple[dict[str, nn.Module], Callable[[int], Any]]:

@@ -179,14 +179,14 @@ def test_every_option_reaches_its_setting():
         "--sampler", "lcm", "--shift", 1.5, "--strength", 0.4, "--preview", "--lora", "a", "--lora", "b:0.5",
         "--image", "p.png", "--reference", "r.png:0.7", "--reference", "s.png", "--controlnet", "c:0.5:0.1:0.9",
         "--controlnet", "d", "--control-image", "e.png", "--control-image", "f.png", "--filtered",
-        "--filter", "CannyFilter",
+        "--filter", "CannyFilter", "--cache-interval", 3,
     )  # fmt: skip
     (drawing,) = asked(*words)
     assert drawing == Drawing(
         task="img2img", prompt="red apple", model="m", lite=True, variant="bf16", dtype="float16",
         negative_prompt="no", weighted=True, seed=5, height=72, width=80, prior_num_inference_steps=3,
         prior_guidance_scale=2.5, num_inference_steps=4, decoder_guidance_scale=1.5, guidance_rescale=0.1,
-        guidance_interval=(0.2, 0.8), sampler="lcm", shift=1.5, strength=0.4, preview=True,
+        guidance_interval=(0.2, 0.8), sampler="lcm", shift=1.5, strength=0.4, preview=True, cache_interval=3,
         loras=(LoraChoice("a"), LoraChoice("b", 0.5)), image=InputFile("p.png"),
         images=(InputFile("r.png"), InputFile("s.png")), image_weights=(0.7, 1.0),
         controlnets=(ControlChoice("c", InputFile("e.png"), 0.5, 0.1, 0.9, True, "CannyFilter"),

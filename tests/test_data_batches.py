@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import logging
 from itertools import islice
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stable_cascade.data import Batch, SampleIndex, index_samples, training_batches
 from stable_cascade.data.buckets import make_buckets
+from stable_cascade.data.images import in_unit_range
 from stable_cascade.data.plan import Order, global_batches
-from tests.making_shards import picture, undecodable, write_shard, write_tar
+from tests.making_shards import encoded, picture, undecodable, write_shard, write_tar
 
 SETTINGS = {"image_size": 32, "batch_size": 8, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
 
@@ -193,3 +198,49 @@ def test_set_smaller_than_a_batch(tmp_path):
     samples = index_samples(str(path), cache_dir=str(tmp_path / "cache"))
     (batch,) = take(samples, 1, multi_aspect_ratio=None)
     assert sorted(batch.keys[:3]) == sorted(batch.keys[3:6]) == [f"a.tar/000{i}" for i in range(3)]
+
+
+def test_pixels_as_stored_are_the_same_pixels(samples, tmp_path):
+    """Bytes, a quarter of the floats; floats for a whole batch where one picture has transparency."""
+    floats, stored = take(samples, 4), take(samples, 4, as_stored=True)
+    for one, other in zip(floats, stored, strict=True):
+        assert other.pixels.dtype == torch.uint8
+        assert torch.equal(one.pixels, in_unit_range(other.pixels))
+    members: dict[str, bytes | str] = {}
+    for i in range(8):
+        image = Image.open(io.BytesIO(picture(32, 32, seed=i))).convert("RGBA" if i == 3 else "RGB")
+        members |= {f"{i}.png": encoded(image), f"{i}.txt": f"{i}"}
+    mixed = index_samples(str(write_tar(tmp_path / "a.tar", members)), cache_dir=str(tmp_path / "cache"))
+    settings = {"multi_aspect_ratio": None, "crop": "center"}
+    (one,), (other,) = take(mixed, 1, **settings), take(mixed, 1, as_stored=True, **settings)
+    assert other.pixels.dtype == torch.float32
+    assert torch.equal(one.pixels, other.pixels)
+
+
+def test_batches_of_workers_come_in_shared_memory(samples):
+    (batch,) = take(samples, 1, num_workers=1, as_stored=True)
+    assert batch.pixels.is_shared()
+    assert batch.seeds.is_shared()
+
+
+def reachable(thing: object) -> int:
+    """How many Python objects something holds, types and modules aside."""
+    seen, waiting = {id(thing)}, [thing]
+    while waiting:
+        for found in gc.get_referents(waiting.pop()):
+            if id(found) not in seen and not isinstance(found, type | ModuleType | FunctionType):
+                seen.add(id(found))
+                waiting.append(found)
+    return len(seen)
+
+
+def test_an_index_holds_no_object_per_sample(tmp_path):
+    """Columns of arrays: a worker process shares their pages, and a list's it would copy by counting references."""
+    counts, sizes = [], []
+    for number, shown in ((10, "few"), (400, "many")):
+        path = write_shard(tmp_path / f"{shown}.tar", number)
+        index = index_samples(str(path), cache_dir=str(tmp_path / shown))
+        counts.append(reachable(index))
+        sizes.append(len(index))
+    assert sizes == [10, 400]
+    assert abs(counts[1] - counts[0]) < 20

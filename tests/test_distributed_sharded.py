@@ -96,6 +96,7 @@ def test_mixed_precision_keeps_inputs_and_sums_whole(tmp_path):
         ("lora", {"dtype": "bfloat16"}),
         ("text_to_image", {"adaptive_loss_weight": True, "ema_beta": 0.5, "gradient_checkpointing": True}),
         ("controlnet", {"ema_beta": 0.5, "gradient_checkpointing": True}),
+        ("text_to_image", {"gradient_checkpointing": "selective"}),
         ("decoder", {"adaptive_loss_weight": True, "ema_beta": 0.5}),
     ],
 )

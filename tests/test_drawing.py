@@ -28,7 +28,7 @@ SUM = "0" * 64
 FULL = Drawing(
     task="inpaint", prompt="red apple", negative_prompt="blurry", weighted=True, seed=7, height=64, width=128,
     prior_num_inference_steps=3, prior_guidance_scale=2.5, num_inference_steps=2, decoder_guidance_scale=1.0,
-    guidance_rescale=0.5, guidance_interval=(0.1, 0.9), sampler="ddim", shift=1.5, strength=0.5,
+    guidance_rescale=0.5, guidance_interval=(0.1, 0.9), cache_interval=2, sampler="ddim", shift=1.5, strength=0.5,
     loras=(LoraChoice("my_lora", 0.8, SUM),), image=InputFile("photo.png", SUM), mask_image=InputFile("mask.png"),
     images=(InputFile("a.png"), InputFile("b.png")), image_weights=(1.0, 0.5), preview=True, variant="bf16",
     controlnets=(ControlChoice("canny", InputFile("photo.png"), 0.7, 0.0, 0.6, True, "CannyFilter", SUM),),
@@ -69,6 +69,7 @@ def test_its_lists_are_those_of_the_parts_below():
         ({"prior_num_inference_steps": 0}, "prior_num_inference_steps 0 is not a whole number from 1 to 1000"),
         ({"prior_guidance_scale": float("nan")}, "prior_guidance_scale nan is not a number from 0"),
         ({"guidance_rescale": 2}, "guidance_rescale 2 is not a number from 0 to 1"),
+        ({"cache_interval": 0}, "cache_interval 0 is not"),
         ({"guidance_interval": (0.8, 0.2)}, "the first must not be above the second"),
         ({"guidance_interval": 1}, "guidance_interval 1 is not two numbers"),
         ({"sampler": "euler"}, "sampler 'euler' is not one of ddpm, ddim, lcm"),

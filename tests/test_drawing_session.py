@@ -46,7 +46,7 @@ def test_every_setting_decides_the_picture(session):
         {"height": 72}, {"sampler": "ddim"},
         {"prior_num_inference_steps": 3}, {"prior_guidance_scale": 2.0}, {"num_inference_steps": 1},
         {"decoder_guidance_scale": 3.0}, {"guidance_rescale": 0.0}, {"guidance_interval": (0.7, 1.0)},
-        {"sampler": "lcm"}, {"shift": 1.0}, {"preview": True},
+        {"sampler": "lcm"}, {"shift": 1.0}, {"preview": True}, {"cache_interval": 2},
     ]  # fmt: skip
     drawn = [session.draw(replace(base, **change))[0].picture for change in changes]
     assert len({picture.tobytes() for picture in drawn}) == len(changes)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stable_cascade.cli.main import main
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.training.memory import checkpointing, optimizer_bytes, peak_bytes, tensor_bytes
 from tests.tiny_cascade import tiny_prior
 from tests.trainer_runs import settings, write_cascade, write_config
@@ -186,7 +187,7 @@ def test_whole_networks(tmp_path, cascade, capsys, trainer):
     assert copied["parts"]["optimizer"] == found["parts"]["optimizer"]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True, "selective"])
 def test_estimate_of_a_step_is_what_torch_allocates(tmp_path, cascade, capsys, monkeypatch, checkpointed):
     """Stage C in float32 without autocast, and without attention, which the CPU computes in another way than CUDA."""
     types = [["SDCascadeResBlock", "SDCascadeTimestepBlock"]] * 2
@@ -200,7 +201,7 @@ def test_estimate_of_a_step_is_what_torch_allocates(tmp_path, cascade, capsys, m
                       generator_checkpoint_path=str(tmp_path / "prior"))  # fmt: skip
     found = figures(tmp_path, capsys, values, "--trainer", "text_to_image", "--mixed-precision", "no")
     if checkpointed:
-        prior.enable_gradient_checkpointing()
+        prior.enable_gradient_checkpointing(chosen_checkpoint(checkpointed))
     grid = 256 // 8
 
     def step():

@@ -12,7 +12,7 @@ from tests.trainer_runs import settings, train, write_cascade, write_config, wri
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True, "selective"])
 @pytest.mark.parametrize("quantization", ["none", "int4"])
 def test_lora_takes_what_is_estimated(tmp_path, checkpointed, quantization):
     """A newly initialised 1B prior beside the tiny cascade's encoders, which the cache leaves out."""

@@ -12,7 +12,9 @@ PACKAGE = "stable_cascade"
 
 # Folder or module of the package (or of the repository) -> its layer. A new one has to be placed here.
 LAYERS = {
+    "compilation": -1,
     "redaction": -1,
+    "transfer": -1,
     "wording": -1,
     "diffusion": 0,
     "data": 0,

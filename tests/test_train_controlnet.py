@@ -310,10 +310,11 @@ def test_batch_equals_its_parts(tmp_path, cascade):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["effnet", "large"])
-def test_gradient_checkpointing_changes_nothing(tmp_path, cascade, mode):
+@pytest.mark.parametrize("choice", [True, "selective"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, cascade, mode, choice):
     changes = {"controlnet_bottleneck_mode": mode}
     plain = train("controlnet", tmp_path, cascade, **changes)
-    again = train("controlnet", tmp_path, cascade, gradient_checkpointing=True, experiment_id="again", **changes)
+    again = train("controlnet", tmp_path, cascade, gradient_checkpointing=choice, experiment_id="again", **changes)
     assert_same(again, plain, tolerance=1e-6)
 
 

@@ -152,11 +152,13 @@ def test_batch_equals_its_parts(tmp_path, steady, trainer):
     assert_same(parts, whole, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("trainer", ["lora", "text_to_image", "decoder"])
-def test_gradient_checkpointing_changes_nothing(tmp_path, cascade, trainer):
+@pytest.mark.parametrize(
+    ("trainer", "choice"), [("lora", True), ("lora", "selective"), ("text_to_image", True), ("decoder", True)]
+)
+def test_gradient_checkpointing_changes_nothing(tmp_path, cascade, trainer, choice):
     """With dropout, whose masks the second computation has to repeat."""
     plain = train(trainer, tmp_path, cascade)
-    again = train(trainer, tmp_path, cascade, gradient_checkpointing=True, experiment_id="again")
+    again = train(trainer, tmp_path, cascade, gradient_checkpointing=choice, experiment_id="again")
     assert_same(again, plain, tolerance=1e-6)
 
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = factory.batches(config, index, accelerator, factor=8)
 
     def loss_fn(model: nn.Module, batch):
-        return contrastive_loss(model, clip_pixels(batch.pixels.to(accelerator.device), size), batch.captions)
+        return contrastive_loss(model, clip_pixels(factory.shown(batch, accelerator.device), size), batch.captions)
 
     def save_fn(directory: Path, model: TwoTowers, ema) -> None:
         with averaged(model, ema):

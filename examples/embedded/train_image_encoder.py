@@ -29,12 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     encoder, previewer = factory.network(config, "semantic_encoder"), factory.network(config, "previewer")
     batches = factory.batches(config, index, accelerator, factor=encoder.stride)
     model = EncoderWithPreviewer(encoder, previewer)
-    shown = next(batches(0)).pixels[:16]
+    shown = factory.shown(next(batches(0)), accelerator.device)[:16].cpu()
 
     def loss_fn(model: nn.Module, batch):
         return image_encoder_loss(
             model,
-            batch.pixels.to(accelerator.device),
+            factory.shown(batch, accelerator.device),
             batch.seeds,
             stride=encoder.stride,
             latent_noise=config.latent_noise,

@@ -252,7 +252,9 @@ def settings_of(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[st
         values[f"reference_weight_{place}"] = weight
     lora_values, missing = _loras_back(drawing, known)
     control_values, more = _control_back(drawing, known)
-    return values | lora_values | control_values, missing + more
+    every = drawing.cache_interval
+    unknown = [f"cache_interval {every} is no setting of this page, which draws with 1"] if every > 1 else []
+    return values | lora_values | control_values, missing + more + unknown
 
 
 def _loras_back(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[str]]:

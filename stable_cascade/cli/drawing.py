@@ -123,8 +123,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--live shows Stage C, which reconstruct does not run; leave it away")
     first = drawings[0]
     session = Session(
-        first.model, dtype=first.dtype, device=given["device"], offload=given["offload"], lite=first.lite,
-        variant=first.variant,
+        first.model, dtype=first.dtype, device=given["device"], offload=given["offload"], tiling=given["tiling"],
+        lite=first.lite, variant=first.variant, compile=given["compile"],
     )  # fmt: skip
     options = {name: given[name] for name in ("count", "batch_size", "allow_changed_files")}
     for drawing in drawings:

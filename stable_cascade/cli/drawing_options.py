@@ -26,7 +26,7 @@ SIMPLE = {
     "weighted": "weighted", "seed": "seed", "height": "height", "width": "width", "steps": "prior_num_inference_steps",
     "guidance": "prior_guidance_scale", "decoder_steps": "num_inference_steps",
     "decoder_guidance": "decoder_guidance_scale", "rescale": "guidance_rescale", "sampler": "sampler",
-    "shift": "shift", "strength": "strength", "preview": "preview",
+    "shift": "shift", "strength": "strength", "preview": "preview", "cache_interval": "cache_interval",
 }  # fmt: skip
 
 
@@ -60,6 +60,10 @@ def add_model_options(options: Parser) -> None:
     options.add("--dtype", choices=DTYPES, help="of the networks (default float32)")
     options.add("--device", default=None, help="cpu, cuda or cuda:1; default: CUDA where there is one")
     options.add("--offload", action="store_true", default=False, help="keep only the network at work on the GPU")
+    options.add("--tiling", action=argparse.BooleanOptionalAction, default=None,
+                help="Stage A works in tiles: less memory (default: from 2048 x 2048 pixels on)")  # fmt: skip
+    options.add("--compile", action="store_true", default=False,
+                help="compile Stages C and B with torch.compile: the first picture waits for it")  # fmt: skip
     options.add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA in any known format; repeatable")
     options.add("--no-lora", dest="lora", action="store_const", const=[], help="with --from-image: leave them away")
 
@@ -82,6 +86,8 @@ def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
     options.add("--decoder-guidance", type=float, help="of Stage B (default 1.1)")
     options.add("--rescale", type=float, help="of guided predictions (default 0.7)")
     options.add("--sampler", choices=SAMPLERS, help="of both stages; default: the model's, ddpm as released")
+    options.add("--cache-interval", type=int, metavar="N",
+                help="run the networks' deeper half every N-th step only: faster, rougher (default 1)")  # fmt: skip
     options.switch("--preview", "rough and fast: the previewer draws, Stages B and A do not")
 
 

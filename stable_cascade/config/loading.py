@@ -175,7 +175,7 @@ def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[str | None, di
             path = value
         elif equals:
             overrides[key] = _parse(value)
-        elif kinds(cls).get(key) is bool:
+        elif bool in (kinds(cls).get(key), *get_args(kinds(cls).get(key))):
             overrides[key] = True
         else:
             hint = "set it as `--key value`" if key in kinds(cls) else _nearest_key(cls, key)

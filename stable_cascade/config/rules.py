@@ -38,6 +38,8 @@ def problems(config: Any) -> Iterator[tuple[str, str]]:
         _objective_rule,
         _block_rule,
         _stage_a_rule,
+        _float8_rule,
+        _compile_rule,
     ):
         yield from rule(vars(config))
 
@@ -164,6 +166,24 @@ def _stage_a_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "use_fsdp", "is not for Stage A, which is small; launch with accelerate_configs/ddp.yaml"
     if values["discriminator_lr"] is not None and not values["adversarial_weight"]:
         yield "discriminator_lr", "needs adversarial_weight above 0: without it there is no discriminator"
+
+
+def _float8_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Products in float8 stand between layers in bfloat16, and need weights that are whole."""
+    if not values.get("float8"):
+        return
+    if values["dtype"] != "bfloat16":
+        yield "float8", f"needs dtype: bfloat16, not {values['dtype']}"
+    if values.get("quantization", "none") != "none":
+        yield "float8", f"needs the weights that quantization: {values['quantization']} takes away; set one of the two"
+    if values["use_fsdp"]:
+        yield "float8", "is not for sharded runs (use_fsdp: True); set one of the two"
+
+
+def _compile_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What torch compiles anew for every layer would never end compiling."""
+    if values.get("compile") and values.get("use_dora"):
+        yield "compile", "is not for DoRA, whose layers end a graph each (use_dora: True); set one of the two"
 
 
 def resolve(config: Any) -> None:

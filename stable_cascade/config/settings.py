@@ -81,8 +81,12 @@ class OptimizerSettings:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Largest gradient norm; a larger gradient is scaled down to it; null does not clip."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all, or with `selective` those that are cheap."""
+    float8: bool = False
+    """Compute large linear layers in float8 (torchao), on CUDA devices of compute capability 8.9 and later."""
+    compile: bool = False
+    """Compile the blocks of the networks with torch.compile: a slower first step, faster ones after it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen networks; what trains is float32 (accelerate's mixed precision is separate)."""
     ema_beta: float | None = None

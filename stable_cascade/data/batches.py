@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .buckets import Buckets, make_buckets
 from .crops import CropChoice
 from .decoding import BrokenWatch, Decoded, Decoder, Undecodable
 from .draws import draws
+from .images import in_unit_range
 from .indexed import IndexedPictures, IndexedPlan, planned_rows
 from .plan import Order, check_batch_size
 from .samples import SampleIndex
@@ -30,7 +31,8 @@ class Batch:
     function of (seed, step), one for every part of a global batch; `broken` counts the samples that another one
     replaces.
 
-    Shapes: pixels (B, 3, H, W) float32 in [0, 1], None when nothing was decoded; masks (B, 1, H, W) float32 in [0, 1],
+    Shapes: pixels (B, 3, H, W) float32 in [0, 1], or bytes where they were asked for as stored, None when nothing was
+        decoded; masks (B, 1, H, W) float32 in [0, 1],
         1 where the loss counts fully, None when the index was made without masks or nothing was decoded; weights (B,)
         float32, what each sample's loss is multiplied by, None standing for all ones; seeds (B,) int64, functions of
         (seed, position) only; positions (B,) int64 global sample positions.
@@ -46,6 +48,18 @@ class Batch:
     masks: Tensor | None = None
     weights: Tensor | None = None
     identities: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which a CUDA device copies while the host goes on.
+
+        torch's DataLoader calls it; without this method it would leave the tensors of an unknown class where they are.
+        """
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self.tensors().items()}
+        return replace(self, **pinned)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What of the batch is tensors, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def training_batches(
@@ -66,6 +80,8 @@ def training_batches(
     decode: bool = True,
     crops_per_image: int | None = None,
     known_broken: Collection[str] = (),
+    as_stored: bool = False,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The micro-batches of one process, of step start_step, start_step + 1, … without end.
 
@@ -91,6 +107,8 @@ def training_batches(
         crops_per_image: how many random crops of a picture there are, for each bucket size; None takes a fresh one
             every time. The only crop of center and smart is then the same in every run.
         known_broken: keys of samples to replace untried, as if they were found broken.
+        as_stored: leave pixels that are bytes as bytes, for `in_unit_range` to make floats of on the device.
+        pin_memory: put the batches into page-locked memory, for a CUDA device.
 
     Raises:
         ValueError: the batch size does not divide, a setting is impossible, or too many samples are broken.
@@ -105,19 +123,19 @@ def training_batches(
     buckets = make_buckets(image_size, multi_aspect_ratio, factor=bucket_factor)
     part = {"grad_accum_steps": grad_accum_steps, "num_processes": num_processes, "process_index": process_index}
     decoder = Decoder(choice, samples.masks, frozenset(known_broken))
-    watch = BrokenWatch(samples.max_broken_share)
+    loading = Loading(num_workers, BrokenWatch(samples.max_broken_share), as_stored, pin_memory)
     if isinstance(samples, SampleIndex):
         order = sample_order(samples, buckets, seed, random_bucket_share)
         rows = IndexedPlan(order, batch_size, start_step, part)
         if decode:
-            loaded = load_batches(IndexedPictures(samples, order, decoder), rows, num_workers, watch)
+            loaded = load_batches(IndexedPictures(samples, order, decoder), rows, loading)
         else:
             loaded = (stacked_batch(made)[0] for made in planned_rows(samples, order, rows, decoder))
     else:
         settings = (batch_size, start_step, seed, random_bucket_share)
         items, pictures = StreamedPlan(samples, buckets, settings, part), StreamedPictures(buckets, decoder)
         if decode:
-            loaded = load_batches(pictures, items, num_workers, watch)
+            loaded = load_batches(pictures, items, loading)
         else:
             loaded = (stacked_batch([pictures.undecoded(item) for item in micro])[0] for micro in items)
     return _with_step_seeds(loaded, seed, start_step, grad_accum_steps)
@@ -145,27 +163,42 @@ def _with_step_seeds(batches: Iterator[Batch], seed: int, start_step: int, grad_
         yield replace(batch, step_seed=int(draws(seed, "step", np.array([step]))[0] >> 1))
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How batches are loaded; `as_stored` and `pin_memory` as in `training_batches`."""
+
+    num_workers: int
+    watch: BrokenWatch
+    as_stored: bool = False
+    pin_memory: bool = False
+
+
 def load_batches(
     dataset: Dataset,
     plan: Iterable[list[Any]],
-    num_workers: int,
-    watch: BrokenWatch,
+    loading: Loading,
     collate: Callable[[list[Any]], tuple[Batch, list[str]] | Undecodable] | None = None,
 ) -> Iterator[Batch]:
-    """The decoded batches of a plan, in its order."""
+    """The decoded batches of a plan, in its order.
+
+    Workers live as long as the plan, which has no end in a training: there is no second pass to keep them for.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=plan,  # type: ignore[arg-type]
-        num_workers=num_workers,
+        num_workers=loading.num_workers,
         collate_fn=collate or whole_batch,
         generator=torch.Generator(),  # otherwise the loader draws from torch's global generator
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=2 if loading.num_workers else None,
+        pin_memory=loading.pin_memory,
     )
     for loaded in loader:
         if isinstance(loaded, Undecodable):
             raise ValueError(loaded.reason)
         batch, broken_keys = loaded
-        watch.see(len(batch.keys), broken_keys)
+        loading.watch.see(len(batch.keys), broken_keys)
+        if batch.pixels is not None and not loading.as_stored:
+            batch = replace(batch, pixels=in_unit_range(batch.pixels))
         yield batch
 
 
@@ -194,5 +227,8 @@ def stacked_batch(items: list[Decoded]) -> tuple[Batch, list[str]]:
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    """The rows as one tensor, in a worker process straight in shared memory; floats where one row is of floats."""
     present = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(present) if present else None
+    if len({tensor.dtype for tensor in present}) > 1:
+        present = [in_unit_range(tensor) for tensor in present]
+    return default_collate(present) if present else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .buckets import covering_size
@@ -40,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One row of a batch, and the keys of the broken samples it stands in for."""
+    """One row of a batch, its pixels as stored, and the keys of the broken samples it stands in for."""
 
     pixels: Tensor | None
     caption: str
@@ -88,15 +89,15 @@ class Decoder:
             try:
                 data, caption = candidate.read()
                 mask = candidate.mask() if self.masks else None
-                pixels, mask_pixels = fit_pair(data, mask, place.size, self.choice.crop, crop_seed)
+                pixels, place_of_mask = fit_stored(data, place.size, self.choice.crop, crop_seed)
+                mask_pixels = _fit_mask(mask, place.size, *place_of_mask) if self.masks else None
             except (ValueError, OSError) as error:
                 broken.append(f"{key}: {error}")
                 continue
             identity = identity_of(key, candidate.content_hash, place.size, self.choice.names(where)[0])
             return Decoded(
-                pixels, caption, key, seed, place.position, tuple(broken),
-                mask_pixels if self.masks else None, place.weight, identity,
-            )  # fmt: skip
+                pixels, caption, key, seed, place.position, tuple(broken), mask_pixels, place.weight, identity
+            )
         return Undecodable(f"{len(broken)} samples in a row are broken, the last is {broken[-1]}; check the data")
 
 
@@ -108,25 +109,35 @@ def fit_picture(data: bytes, size: tuple[int, int], crop: str, seed: int) -> Ten
     Raises:
         ValueError: it cannot be decoded.
     """
-    return fit_pair(data, None, size, crop, seed)[0]
+    return in_unit_range(fit_stored(data, size, crop, seed)[0])
 
 
-def fit_pair(data: bytes, mask: bytes | None, size: tuple[int, int], crop: str, seed: int) -> tuple[Tensor, Tensor]:
-    """A picture and its mask, cut out at the same place; without a mask all ones.
+Fitting = tuple[tuple[int, int], tuple[int, int]]
+"""The (height, width) that covers a bucket, and the (row, column) in it where the bucket is cut out."""
 
-    Shapes: -> (3, *size), (1, *size) float32 in [0, 1].
+
+def fit_stored(data: bytes, size: tuple[int, int], crop: str, seed: int) -> tuple[Tensor, Fitting]:
+    """A picture file, decoded, resized and cropped to a bucket, as stored; and how, for its mask.
+
+    Bytes stay bytes: a batch becomes floats in one pass, and on its way to the device it is a quarter as large.
+
+    Shapes: -> (3, *size) uint8, or float32 in [0, 1] where the file has transparency or more bits.
 
     Raises:
-        ValueError: one of them cannot be decoded.
+        ValueError: it cannot be decoded.
     """
     pixels = decode_stored(data, at_least=size)
     cover = covering_size(pixels.shape[1], pixels.shape[2], size)
     resized = resize_to(pixels, cover)
     place = crop_place(resized, size, crop, seed)
-    shown = in_unit_range(window(resized, size, place).contiguous())
+    return window(resized, size, place).contiguous(), (cover, place)
+
+
+def _fit_mask(mask: bytes | None, size: tuple[int, int], cover: tuple[int, int], place: tuple[int, int]) -> Tensor:
+    """A mask cut out where its picture was; without a mask all ones. Shapes: -> (1, *size) float32 in [0, 1]."""
     if mask is None:
-        return shown, shown.new_ones(1, *size)
-    return shown, window(resize_to(decode_mask(mask), cover), size, place).contiguous()
+        return torch.ones(1, *size)
+    return window(resize_to(decode_mask(mask), cover), size, place).contiguous()
 
 
 class BrokenWatch:

@@ -109,7 +109,8 @@ def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Te
                     image.draft(None, (width, height))  # type: ignore[arg-type]
                 _check_pixels(image.size)
                 image.load()
-                array = _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)  # copies nothing where nothing is turned
+                array = _to_rgb(image)
     except Exception as error:
         raise ValueError(f"cannot decode: {type(error).__name__}: {brief(error)}") from None
     return torch.from_numpy(array).permute(2, 0, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch.utils.data import Dataset
 
-from .batches import Batch, check_random_bucket_share, load_batches, sample_order, stacked_batch
+from .batches import Batch, Loading, check_random_bucket_share, load_batches, sample_order, stacked_batch
 from .buckets import make_buckets
 from .crops import CropChoice
 from .decoding import BrokenWatch, Decoded, Decoder, Place, identity_of
@@ -89,11 +89,14 @@ def crop_batches(
     crop: str = "random",
     crops_per_image: int | None = None,
     num_workers: int = 0,
+    as_stored: bool = False,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The planned crops, decoded, in batches of one size; `seed`, `crop`, `crops_per_image` are those of the plan.
 
     A crop whose picture is broken is left out, counted in `Batch.broken`, and its key logged; the others keep their
-    order among the crops of their size. The last batch of a size may be smaller.
+    order among the crops of their size. The last batch of a size may be smaller. `as_stored` and `pin_memory` are as
+    in `training_batches`.
 
     Raises:
         ValueError: more than max_broken_share of the samples are broken.
@@ -105,8 +108,8 @@ def crop_batches(
         group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
     ]
     dataset = _PlannedPictures(samples, Decoder(CropChoice(crop, seed, crops_per_image), samples.masks))
-    watch = BrokenWatch(samples.max_broken_share)
-    yield from (batch for batch in load_batches(dataset, plan, num_workers, watch, _without_broken) if batch.keys)
+    loading = Loading(num_workers, BrokenWatch(samples.max_broken_share), as_stored, pin_memory)
+    yield from (batch for batch in load_batches(dataset, plan, loading, _without_broken) if batch.keys)
 
 
 def _without_broken(rows: list[Decoded]) -> tuple[Batch, list[str]]:

@@ -19,7 +19,8 @@ def sampling_arguments(drawing: Drawing) -> dict[str, Any]:
     """Size, steps and guidance."""
     names = (
         "height", "width", "prior_num_inference_steps", "prior_guidance_scale", "num_inference_steps",
-        "decoder_guidance_scale", "guidance_rescale", "guidance_interval", "preview",
+        "decoder_guidance_scale", "guidance_rescale", "guidance_interval", "cache_interval",
+        "preview",
     )  # fmt: skip
     return {name: getattr(drawing, name) for name in names}
 

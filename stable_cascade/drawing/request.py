@@ -116,6 +116,7 @@ class Drawing:
     decoder_guidance_scale: float = 1.1
     guidance_rescale: float = 0.7
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache_interval: int = 1
     sampler: str | None = None
     shift: float | None = None
     strength: float | None = None
@@ -151,6 +152,7 @@ class Drawing:
             check_number(name, getattr(self, name), 0, 1000)
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_interval("guidance_interval", self.guidance_interval)
+        check_whole("cache_interval", self.cache_interval, 1, MOST_STEPS)
         if self.sampler is not None:
             check_choice("sampler", self.sampler, SAMPLERS)
         if self.shift is not None:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stable_cascade.compilation import check_compiler, compile_blocks
+
 from .calls import OnStep, callbacks, own_sampler, picture_arguments, sampling_arguments, text_arguments
 from .control import control_image, load_controlnet, shown_picture
 from .files import with_sums
@@ -42,10 +44,12 @@ class Session:
         dtype: float32, bfloat16 or float16.
         device: by default CUDA where there is one.
         offload: keeps only the network at work on the device.
+        tiling: whether Stage A works in tiles; by default from 2048 x 2048 pixels on.
         lite, variant: of the model, as in `StableCascadePipeline.from_pretrained`.
+        compile: compiles the blocks of Stages C and B when they first run.
 
     Raises:
-        ValueError: no such dtype, device, folder or file.
+        ValueError: no such dtype, device, folder or file; nothing to compile with.
     """
 
     def __init__(
@@ -55,12 +59,17 @@ class Session:
         dtype: str = "float32",
         device: str | None = None,
         offload: bool = False,
+        tiling: bool | None = None,
         lite: bool = False,
         variant: str | None = None,
+        compile: bool = False,
     ) -> None:
         check_model(model, dtype, device)
         self.model, self.dtype, self.lite, self.variant = model, dtype, lite, variant
-        self.device, self.offload = chosen_device(device), offload
+        self.device, self.offload, self.tiling = chosen_device(device), offload, tiling
+        self.compile = compile
+        if compile:
+            check_compiler(self.device.type)
         self._pipeline: Any = None
         self._loras: LoraShelf | None = None
         self._controlnets: dict[tuple[str, str | None], Any] = {}
@@ -77,8 +86,13 @@ class Session:
             if self._pipeline is None:
                 pipeline = load_pipeline(self.model, self.dtype, lite=self.lite, variant=self.variant)
                 pipeline.set_progress_bar_config(disable=True)
+                if self.tiling is not None:
+                    pipeline.enable_vae_tiling() if self.tiling else pipeline.disable_vae_tiling()
                 self._pipeline, self._loras = pipeline, LoraShelf(pipeline)
                 self._place()
+                if self.compile:
+                    compile_blocks(pipeline.prior)
+                    compile_blocks(pipeline.decoder)
             return self._pipeline
 
     def drawing(self, **settings: Any) -> Drawing:
@@ -202,7 +216,7 @@ class Session:
             with own_sampler(pipeline, drawing):
                 images = pipeline(num_images_per_prompt=len(seeds), generator=generators, **arguments).images
             seconds = (time.perf_counter() - started) / len(seeds)
-            known = made_with(self.device, self.dtype)
+            known = made_with(self.device, self.dtype) | ({"compiled": True} if self.compile else {})
         return [
             Drawn(image, replace(drawing, seed=seed), seconds, known)
             for image, seed in zip(images, seeds, strict=True)

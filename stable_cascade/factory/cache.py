@@ -18,9 +18,10 @@ from stable_cascade.data.cache import StoreWriter, TensorStore, digest
 from stable_cascade.models.text import TextEmbedder
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.training.processes import told
+from stable_cascade.transfer import to_device
 
 from .clip import image_encoder
-from .data import batches
+from .data import batches, loading_for
 from .fingerprints import cache_folder, fingerprint, remember
 from .inputs import Inputs, frozen_text, shown
 from .networks import frozen, network_on_meta
@@ -73,15 +74,15 @@ def cached_inputs(
         if "images" not in cache.stores:
             return None
         kept = chosen(batch.seeds, "image embedding", config.image_embedding_share)
-        return (cache.crops("images", batch) * kept[:, None, None]).to(device)
+        return to_device(cache.crops("images", batch) * kept[:, None, None], device)
 
     def embed_text(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         hidden, pooled = cache.embed_text(captions)
-        return hidden.to(device), pooled.to(device)
+        return to_device(hidden, device), to_device(pooled, device)
 
     return Inputs(
         batches=pictures if needs_pixels else _with_masks(cache, stream(decode=False)),
-        encode=lambda batch: cache.crops("latents", batch).to(device),
+        encode=lambda batch: to_device(cache.crops("latents", batch), device),
         embed_image=embed_image,
         text=text or embed_text,
         pictures=pictures,
@@ -207,6 +208,7 @@ def _encode_crops(
         crop=config.crop,
         crops_per_image=config.crops_per_image,
         num_workers=config.num_workers,
+        **loading_for(accelerator.device),
     )
     with contextlib.ExitStack() as stack, _bar(accelerator, "caching pictures", len(crops)) as bar:
         writers = {kind: stack.enter_context(StoreWriter(store.folder)) for kind, store in stores.items()}

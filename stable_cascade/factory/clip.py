@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stable_cascade.models.clip_image import clip_pixels
 from stable_cascade.objectives.denoising import chosen
+from stable_cascade.transfer import to_device
 
 from .networks import cascade_folder, on_demand
 
@@ -84,10 +85,11 @@ def image_embedder(config: Any, device: torch.device) -> Callable[[Tensor, Tenso
     encode, width = image_encoder(config, device)
 
     def embed(pixels: Tensor, seeds: Tensor) -> Tensor:
-        kept = chosen(seeds, "image embedding", share).to(device)
+        rows = chosen(seeds, "image embedding", share).nonzero()[:, 0]  # on the host, which need not ask the device
         embeddings = torch.zeros(len(pixels), 1, width, device=device)
-        if kept.any():
-            embeddings[kept] = encode(pixels[kept])
-        return embeddings
+        if not len(rows):
+            return embeddings
+        kept = to_device(rows, device)
+        return embeddings.index_copy(0, kept, encode(pixels[kept]))
 
     return embed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stable_cascade.data import Batch
+from stable_cascade.data.images import in_unit_range
 from stable_cascade.models.text import TextEmbedder
 from stable_cascade.objectives.prior import EmbedText
 
@@ -37,9 +38,14 @@ class Inputs:
 
 
 def shown(batch: Batch, device: torch.device) -> Tensor:
-    """The batch's pixels on the device."""
+    """The batch's pixels on the device.
+
+    They travel as stored, bytes mostly, while the host goes on, and become floats there.
+
+    Shapes: -> (B, 3, H, W) float32 in [0, 1].
+    """
     assert batch.pixels is not None
-    return batch.pixels.to(device, non_blocking=True)
+    return in_unit_range(batch.pixels.to(device, non_blocking=True))
 
 
 def frozen_text(config: Any, device: torch.device) -> EmbedText:

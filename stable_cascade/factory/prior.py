@@ -12,6 +12,7 @@ from torch import Tensor
 from stable_cascade.data import Batch, SampleIndex, SampleStream
 from stable_cascade.models.text import TextEmbedder
 from stable_cascade.objectives.prior import prior_loss
+from stable_cascade.transfer import to_device
 
 from .cache import cached_inputs
 from .clip import image_embedder
@@ -73,7 +74,7 @@ def prior_loss_fn(
         )
         if batch.weights is None:
             return terms
-        return {**terms, "loss": terms["loss"] * batch.weights.to(clean.device)}
+        return {**terms, "loss": terms["loss"] * to_device(batch.weights, clean.device)}
 
     return loss_fn
 
@@ -85,5 +86,5 @@ def place_weights(masks: Tensor | None, latents: Tensor, unmasked: float) -> Ten
     """
     if masks is None:
         return None
-    seen = F.interpolate(masks.to(latents.device), size=latents.shape[-2:], mode="area")
+    seen = F.interpolate(to_device(masks, latents.device), size=latents.shape[-2:], mode="area")
     return unmasked + (1 - unmasked) * seen

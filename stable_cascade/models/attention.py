@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_plain, project_wide
+from .plain import is_plain
+from .products import apply_linear, linear, project_wide
 
 # Joining more elements than these costs more in copying than one product saves over several.
-LARGEST_JOINED = 2**20
+LARGEST_JOINED = 2**16
 
 
 def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
@@ -21,12 +22,12 @@ def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     Shapes: (B, N, C) -> one (B, N, C') per layer.
     """
     if not all(is_plain(layer, nn.Linear) for layer in layers):
-        return [layer(x) for layer in layers]
+        return [apply_linear(layer, x) for layer in layers]
     weight = _joined([layer.weight for layer in layers])
     if weight is None:
-        return [layer(x) for layer in layers]
+        return [apply_linear(layer, x) for layer in layers]
     bias = torch.cat([layer.bias for layer in layers])
-    return list(F.linear(x, weight, bias).chunk(len(layers), dim=-1))
+    return list(linear(x, weight, bias).chunk(len(layers), dim=-1))
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
@@ -58,8 +59,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, atte
     Shapes: (B, heads, N, d), (B, heads, L, d) twice, `attended` (B, L) bool -> (B, heads, N, d).
     """
     mask = None if attended is None else attended[:, None, None]
-    if query.device.type == "cpu" and query.requires_grad and query.dtype is not torch.float16:
-        # The fused kernel's backward takes seven times as long on a CPU in bfloat16, at the sizes trained there.
+    if query.device.type == "cpu" and query.requires_grad and (query.dtype is torch.bfloat16 or dropout > 0):
+        # The fused kernel's backward takes twice as long on a CPU in bfloat16, and knows no dropout there.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         return F.dropout(scores.softmax(-1), dropout) @ value
@@ -104,7 +105,7 @@ class SDCascadeAttention(nn.Module):
             query, own_key, own_value = map(self._split, project([self.to_q, self.to_k, self.to_v], tokens))
             key, value = torch.cat([own_key, key], dim=1), torch.cat([own_value, value], dim=1)
         else:
-            query = self._split(self.to_q(tokens))
+            query = self._split(apply_linear(self.to_q, tokens))
         dropout = self.dropout if self.training else 0.0
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         mixed = attend(q, k, v, dropout, attended)

@@ -16,12 +16,12 @@ from .plain import (
     full,
     is_plain,
     narrow,
-    project_wide,
     saturate,
     to_channels_first,
     to_channels_last,
     without_autocast,
 )
+from .products import apply_linear, linear, project_wide
 
 KeysValues = tuple[Tensor, ...]
 """Keys and values (B, L, heads, C / heads); where not all tokens count, also which do, (B, L) bool."""
@@ -101,7 +101,7 @@ def channelwise(c_in: int, c: int, dropout: float) -> nn.Sequential:
 def widened_branch(layers: nn.Sequential, x: Tensor) -> Tensor:
     """`layers(x)`, finite in float16, whose result is float32. Shapes: (..., c_in) -> (..., C)."""
     first, *rest, last = layers
-    hidden = saturate(first(x))
+    hidden = saturate(apply_linear(first, x))
     for layer in rest:
         hidden = layer(hidden)
     return project_wide(last, hidden)
@@ -187,7 +187,7 @@ class SDCascadeTimestepBlock(nn.Module):
 def _map(mapper: Any, part: Tensor, dtype: torch.dtype) -> Tensor:
     if is_plain(mapper, nn.Linear):
         bias = None if mapper.bias is None else mapper.bias.to(part.dtype)
-        return F.linear(part, mapper.weight.to(part.dtype), bias)
+        return linear(part, mapper.weight.to(part.dtype), bias)
     return mapper(cast_for(mapper, part, dtype)).to(part.dtype)
 
 
@@ -211,7 +211,7 @@ class SDCascadeAttnBlock(nn.Module):
         """The image, or the keys and values of the condition where `x` is None; see the class for shapes."""
         if not isinstance(condition, tuple):
             # The tokens come activated: SiLU is the same for all blocks and runs once per forward.
-            condition = self.attention.keys_values(self.kv_mapper[1](condition))
+            condition = self.attention.keys_values(apply_linear(self.kv_mapper[1], condition))
         if x is None:
             return condition
         tokens = narrow(self.norm(x), condition[0]).flatten(1, 2)

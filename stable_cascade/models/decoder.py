@@ -12,12 +12,14 @@ from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stable_cascade.compilation import expect_many_sizes
+
 from .blocks import layer_norm
 from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_grid, map_tokens, read_out
 from .initialisation import initialise
 from .modulation import blocks_of, embed_times, joined_mappers, modulate
 from .plain import resize, to_channels_last
-from .unet import NO_SPLIT, Conditions, Run, add_stack, keys_values, run_stack
+from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, keys_values, run_stack
 
 PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
@@ -116,6 +118,7 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
         sca: Tensor | None = None,
         return_dict: bool = True,
         conditions: Conditions | None = None,
+        cache: DeepCache | None = None,
     ) -> StableCascadeUNetOutput | tuple[Tensor]:
         """The prediction for noised VQGAN latents.
 
@@ -127,6 +130,7 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
             effnet: left out altogether where None (zeros are another condition, the one for guidance).
             pixels: zeros where None.
             conditions: what `encode_conditions` returned, instead of the three conditions.
+            cache: of a sampling run; the deeper half of the levels runs only where it is empty, and fills it.
 
         Raises:
             ValueError: neither `clip_text_pooled` nor `conditions` is given; the sample does not fit the patches.
@@ -136,7 +140,7 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
                 raise ValueError("clip_text_pooled is missing: give it, or conditions from encode_conditions()")
             conditions = Conditions(self._tokens(clip_text_pooled), effnet=effnet, pixels=pixels)
         times = embed_times(self.config, sample.shape[0], timestep_ratio, {"sca": sca})
-        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(()))
+        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(()), cache)
         x = embed_sample(self.embedding, sample, self.config.patch_size)
         x = run_stack(self, x + self._grid(conditions, (x.shape[1], x.shape[2])), run)
         output = read_out(self.clf, x)
@@ -172,6 +176,11 @@ class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOrigin
         """
         for _, block in blocks_of(self, "attention"):
             block.attention.fuse()
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles each block when it first runs; with `dynamic=True` one graph serves pictures of every shape."""
+        expect_many_sizes()
+        super().compile_repeated_blocks(*args, **kwargs)
 
     @classmethod
     def from_config(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 BATCH_NORM_EPS = 1e-3
 
@@ -110,6 +109,8 @@ class EfficientNetFeatures(nn.Sequential):
     Source: Tan and Le 2021, table 4.
     """
 
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -155,11 +156,25 @@ class EfficientNetFeatures(nn.Sequential):
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                contexts = lambda stage=stage: (nullcontext(), statistics_kept(stage))  # noqa: E731
-                x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
+                x = self._gradient_checkpointing_func(_counted_once(stage), x)
             else:
                 x = stage(x)
         return x
+
+
+def _counted_once(stage: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A call of `stage` that leaves the running statistics alone from its second time on."""
+    again = False
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal again
+        if again:
+            with statistics_kept(stage):
+                return stage(x)
+        again = True
+        return stage(x)
+
+    return run
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .blocks import SDCascadeTimestepBlock
 from .plain import is_plain, without_autocast
+from .products import linear
 
 
 def timestep_embedding(ratio: Tensor, width: int, positions: int = 10000) -> Tensor:
@@ -35,12 +36,18 @@ def embed_times(config: Any, batch: int, ratio: Tensor, given: dict[str, Tensor 
 
     Shapes: (B,), (1,) or () each -> (B, (1 + conditions) * timestep_ratio_embedding_dim).
     """
-    width = config.timestep_ratio_embedding_dim
-    times = [ratio]
-    for name in config.timestep_conditioning_type:
-        value = given.get(name)
-        times.append(torch.zeros_like(ratio) if value is None else value.to(ratio.device))
-    return torch.cat([timestep_embedding(time.reshape(-1).expand(batch), width) for time in times], dim=1)
+    values = [given.get(name) for name in config.timestep_conditioning_type]
+    times = [ratio, *(torch.zeros_like(ratio) if value is None else value.to(ratio.device) for value in values)]
+    rows = torch.stack([time.reshape(-1).expand(batch) for time in times], dim=1)
+    return timestep_embedding(rows.flatten(), config.timestep_ratio_embedding_dim).view(batch, -1)
+
+
+class JoinedMappers(NamedTuple):
+    """The mappers of all timestep blocks as one, and how many of its outputs each block has, by key."""
+
+    weight: Tensor
+    bias: Tensor
+    outputs: dict[str, int]
 
 
 def blocks_of(model: Any, kind: str) -> list[tuple[str, Any]]:
@@ -54,12 +61,13 @@ def blocks_of(model: Any, kind: str) -> list[tuple[str, Any]]:
     ]
 
 
-def joined_mappers(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias that modulate all timestep blocks in one matrix product; None where a mapper is not plain.
+def joined_mappers(model: Any, dtype: torch.dtype) -> JoinedMappers | None:
+    """What modulates all timestep blocks in one matrix product; None where a mapper is not plain.
 
-    Shapes: (sum of 2 C over the blocks, conditions * timestep_ratio_embedding_dim) and (sum of 2 C,).
+    Shapes: weight (sum of 2 C over the blocks, conditions * timestep_ratio_embedding_dim), bias (sum of 2 C,).
     """
-    blocks = [block for _, block in blocks_of(model, "timestep")]
+    keyed = blocks_of(model, "timestep")
+    blocks = [block for _, block in keyed]
     columns = list(zip(*(block.mappers() for block in blocks), strict=True))
     whole = all(type(block) is SDCascadeTimestepBlock and "forward" not in block.__dict__ for block in blocks)
     if not blocks or not whole or not all(is_plain(mapper, nn.Linear) for column in columns for mapper in column):
@@ -68,16 +76,15 @@ def joined_mappers(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor] | No
     biases = torch.stack([torch.cat([mapper.bias for mapper in column]).to(dtype) for column in columns])
     # A plain sum would give the conditions' biases one piece of memory as their gradients: adding to one or scaling
     # one (accumulation, clipping) would change the others. The gradient of a product is memory of each one's own.
-    return weight.to(dtype), (biases * torch.ones_like(biases)).sum(0)
+    outputs = {key: block.mapper.out_features for key, block in keyed}
+    return JoinedMappers(weight.to(dtype), (biases * torch.ones_like(biases)).sum(0), outputs)
 
 
-def modulate(model: Any, embedding: Tensor, joined: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+def modulate(model: Any, embedding: Tensor, joined: JoinedMappers | None) -> dict[str, Tensor]:
     """[a, b] of every timestep block by key; empty where each block has to compute its own."""
     joined = joined or joined_mappers(model, embedding.dtype)
     if joined is None:
         return {}
     with without_autocast(embedding.device):
-        both = F.linear(embedding, *joined)
-    blocks = blocks_of(model, "timestep")
-    sizes = [block.mapper.out_features for _, block in blocks]
-    return dict(zip((key for key, _ in blocks), both.split(sizes, dim=1), strict=True))
+        both = linear(embedding, joined.weight, joined.bias)
+    return dict(zip(joined.outputs, both.split(list(joined.outputs.values()), dim=1), strict=True))

@@ -35,16 +35,6 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def pointwise(conv: Any, x: Tensor) -> Tensor:
-    """A 1x1 convolution as a matrix product over the last axis.
-
-    Shapes: (B, H, W, C) -> (B, H, W, C').
-    """
-    if is_plain(conv, nn.Conv2d):
-        return F.linear(x, conv.weight.flatten(1), conv.bias)
-    return to_channels_last(conv(to_channels_first(x)))
-
-
 def cast_for(module: Any, x: Tensor, stored: torch.dtype | None = None) -> Tensor:
     """`x` in the type in which a layer computes: its weights' own, also inside an adapter.
 
@@ -81,17 +71,6 @@ def narrow(x: Tensor, weight: Any) -> Tensor:
     if weight.dtype is not torch.float16 or x.dtype is torch.float16:
         return x
     return x.clamp(-65504.0, 65504.0).half()
-
-
-def project_wide(layer: Any, x: Tensor) -> Tensor:
-    """`layer(x)`; of a float16 layer the float32 result, 64 times as large as float16 could hold.
-
-    The factor is a power of two, so that nothing is rounded by it.
-    """
-    if not is_plain(layer, nn.Linear) or layer.weight.dtype is not torch.float16:
-        return saturate(layer(x))
-    product = F.linear(x * 2.0**-6, layer.weight).float() * 2.0**6
-    return product if layer.bias is None else product + layer.bias.float()
 
 
 def saturate(x: Tensor) -> Tensor:

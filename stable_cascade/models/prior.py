@@ -13,12 +13,14 @@ from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stable_cascade.compilation import expect_many_sizes
+
 from .blocks import layer_norm
 from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_tokens, read_out
 from .initialisation import initialise
 from .modulation import blocks_of, embed_times, joined_mappers, modulate
 from .prompt_windows import attended_tokens
-from .unet import NO_SPLIT, Conditions, Run, add_stack, keys_values, run_stack
+from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, keys_values, run_stack
 
 TEXT_TOKENS = 77
 LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
@@ -130,6 +132,7 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
         control: Sequence[Tensor | None] | None = None,
         return_dict: bool = True,
         conditions: Conditions | None = None,
+        cache: DeepCache | None = None,
     ) -> StableCascadeUNetOutput | tuple[Tensor]:
         """The prediction for noised semantic latents.
 
@@ -140,6 +143,7 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
         Args:
             control: what a ControlNet returned: per residual block, in order of execution, a residual or None.
             conditions: what `encode_conditions` returned, instead of the three embeddings.
+            cache: of a sampling run; the deeper half of the levels runs only where it is empty, and fills it.
 
         Raises:
             ValueError: neither `clip_text_pooled` nor `conditions` is given; `control` is longer than the network.
@@ -149,7 +153,7 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
                 raise ValueError("clip_text_pooled is missing: give it, or conditions from encode_conditions()")
             conditions = Conditions(self._tokens(clip_text_pooled, clip_text, clip_img))
         times = embed_times(self.config, sample.shape[0], timestep_ratio, {"sca": sca, "crp": crp})
-        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(control or ()))
+        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(control or ()), cache)
         x = run_stack(self, embed_sample(self.embedding, sample, self.config.patch_size), run)
         output = read_out(self.clf, x)
         return StableCascadeUNetOutput(sample=output) if return_dict else (output,)
@@ -192,6 +196,11 @@ class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginal
         """
         for _, block in blocks_of(self, "attention"):
             block.attention.fuse()
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles each block when it first runs; with `dynamic=True` one graph serves pictures of every shape."""
+        expect_many_sizes()
+        super().compile_repeated_blocks(*args, **kwargs)
 
     @classmethod
     def from_config(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stable_cascade.transfer import to_device
+
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
     """Token ids and attention mask, padded and cut to the tokenizer's length.
@@ -40,8 +42,8 @@ def encode_prompts(
     """
     tokens = tokenize(tokenizer, captions)
     device = device if device is not None else text_encoder.device
-    mask = tokens.attention_mask.to(device)
-    output = text_encoder(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
+    mask = to_device(tokens.attention_mask, device)
+    output = text_encoder(to_device(tokens.input_ids, device), attention_mask=mask, output_hidden_states=True)
     return output.hidden_states[-1], output.text_embeds.unsqueeze(1), mask
 
 

@@ -22,8 +22,9 @@ from .blocks import (
     SDCascadeTimestepBlock,
     layer_norm,
 )
-from .modulation import blocks_of
-from .plain import narrow, pointwise, resize, saturate, to_channels_first, to_channels_last, widen
+from .modulation import JoinedMappers, blocks_of
+from .plain import narrow, resize, saturate, to_channels_first, to_channels_last, widen
+from .products import pointwise
 
 NO_SPLIT = ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock", "SDCascadeFeedForwardBlock"]
 # A network with the submodules named above; type checkers see a module's attributes as tensors or modules only.
@@ -51,7 +52,7 @@ class Conditions:
 
     tokens: Tensor
     keys_values: dict[str, KeysValues] = field(default_factory=dict)
-    modulation: tuple[Tensor, Tensor] | None = None
+    modulation: JoinedMappers | None = None
     effnet: Tensor | None = None
     pixels: Tensor | None = None
     maps: dict[tuple[int, int], Tensor] | None = None
@@ -69,6 +70,22 @@ class Conditions:
 
 
 @dataclass
+class DeepCache:
+    """What the deeper half of the levels made at the last whole step of a sampling run, for the steps between.
+
+    A forward that finds nothing here, or fewer rows than it has, runs all levels and leaves what they made.
+
+    Source: Ma et al. 2023 (DeepCache), section 3.2.
+    """
+
+    features: Tensor | None = None
+
+    def first(self, rows: int) -> Tensor | None:
+        """The features of the first rows; None where a whole step has to make them."""
+        return None if self.features is None or len(self.features) < rows else self.features[:rows]
+
+
+@dataclass
 class Run:
     """What every block of one forward needs."""
 
@@ -76,6 +93,7 @@ class Run:
     conditions: Conditions
     modulation: dict[str, Tensor]
     control: Iterator[Tensor | None]
+    cache: DeepCache | None = None
 
 
 class UpDownBlock2d(nn.Module):
@@ -194,17 +212,38 @@ def keys_values(model: Stack, tokens: Tensor, attended: Tensor | None = None) ->
 
 
 def run_stack(model: Stack, x: Tensor, run: Run) -> Tensor:
-    """All levels, down then up. Shapes: (B, H, W, C) -> (B, H, W, C)."""
+    """All levels, down then up, or the outer half around what a cache has of the others.
+
+    Shapes: (B, H, W, C) -> (B, H, W, C).
+    """
+    levels = len(model.down_blocks)
+    outer = max(1, levels // 2)
+    kept = None if run.cache is None else run.cache.first(len(x))
     skips: list[Tensor] = []
-    for level, scaler in enumerate(model.down_downscalers):
-        x = _run_level(model, ("down", level), rescale(scaler, x), None, run)
+    for level in range(levels if kept is None else outer):
+        x = _run_level(model, ("down", level), rescale(model.down_downscalers[level], x), None, run)
         skips.append(x)
-    for level, scaler in enumerate(model.up_upscalers):
-        skip = skips[-1 - level] if level > 0 else None
-        x = rescale(scaler, _run_level(model, ("up", level), x, skip, run))
+    if kept is not None:
+        x = kept
+        _pass_over(model, outer, run.control)
+    for level in range(0 if kept is None else levels - outer, levels):
+        skip = skips[levels - 1 - level] if level > 0 else None
+        x = rescale(model.up_upscalers[level], _run_level(model, ("up", level), x, skip, run))
+        if run.cache is not None and level == levels - outer - 1:
+            run.cache.features = x
     if any(residual is not None for residual in run.control):
         raise ValueError("control has residuals for more residual blocks than the network has")
     return x
+
+
+def _pass_over(model: Stack, outer: int, control: Iterator[Tensor | None]) -> None:
+    """Takes from `control` what belongs to the residual blocks deeper than the outer levels."""
+    levels = len(model.down_blocks)
+    deep = [("down", level) for level in range(outer, levels)] + [("up", level) for level in range(levels - outer)]
+    for side, level in deep:
+        blocks, mappers = getattr(model, f"{side}_blocks")[level], getattr(model, f"{side}_repeat_mappers")[level]
+        for _ in range((len(mappers) + 1) * sum(block.kind == "residual" for block in blocks)):
+            next(control, None)
 
 
 def rescale(scaler: nn.Module, x: Tensor) -> Tensor:
@@ -223,11 +262,11 @@ def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | N
     blocks, mappers = getattr(model, f"{side}_blocks")[level], getattr(model, f"{side}_repeat_mappers")[level]
     types = model.config.block_types_per_layer
     depth = len(types[level if side == "down" else -1 - level])
+    keyed = [(f"{side}.{level}.{index}", block) for index, block in enumerate(blocks)]
     checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
     for repeat in range(len(mappers) + 1):
-        for start in range(0, len(blocks), depth):
-            keyed = [(f"{side}.{level}.{start + i}", block) for i, block in enumerate(blocks[start : start + depth])]
-            step = _layer(keyed, skip if start == 0 else None, run)
+        for start in range(0, len(keyed), depth):
+            step = _layer(keyed[start : start + depth], skip if start == 0 else None, run)
             x = model._gradient_checkpointing_func(step, x) if checkpointed else step(x)
         if repeat < len(mappers):
             x = widen(saturate(pointwise(mappers[repeat], narrow(x, mappers[repeat].weight))))

@@ -16,6 +16,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .products import apply_linear
+from .tiling import WHOLE_BELOW, decode_margin, default_tile_side, encode_margin, tile_side, tiled
+
 COMMITMENT_WEIGHT = 0.25
 ROWS_AT_ONCE = 16384  # rows of the distance table computed together: 0.5 GB for 8192 codes in float32
 
@@ -73,8 +76,12 @@ class MixingBlock(nn.Module):
         """`x` mixed over space, then over channels."""
         scale, shift, gain, scale2, shift2, gain2 = self.gammas.unbind()
         x = x + self.depthwise(_normalised(x.permute(0, 2, 3, 1), scale, shift).permute(0, 3, 1, 2)) * gain
-        mixed = self.channelwise(_normalised(x.permute(0, 2, 3, 1), scale2, shift2))
+        mixed = self._mix(_normalised(x.permute(0, 2, 3, 1), scale2, shift2))
         return x + mixed.permute(0, 3, 1, 2) * gain2
+
+    def _mix(self, x: Tensor) -> Tensor:
+        first, activation, last = self.channelwise
+        return apply_linear(last, activation(apply_linear(first, x)))
 
 
 def _normalised(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -141,6 +148,7 @@ class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MixingBlock"]
+    _repeated_blocks = ["MixingBlock"]
 
     @register_to_config
     def __init__(
@@ -160,6 +168,9 @@ class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
         widths = [embed_dim // 2**level for level in reversed(range(levels))]
         patch = up_down_scale_factor
         self.gradient_checkpointing = False
+        self.use_tiling: bool | None = None
+        side = default_tile_side(self.stride, decode_margin(levels, bottleneck_blocks))
+        self.tile_sample_min_height = self.tile_sample_min_width = side
         self.in_block = nn.Sequential(
             nn.PixelUnshuffle(patch), nn.Conv2d(in_channels * patch**2, widths[0], kernel_size=1)
         )
@@ -175,6 +186,32 @@ class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
         """Pixels per latent, along each side."""
         return self.config.up_down_scale_factor * 2 ** (self.config.levels - 1)
 
+    def enable_tiling(
+        self, tile_sample_min_height: int | None = None, tile_sample_min_width: int | None = None
+    ) -> None:
+        """Makes `decode` and `encode` work in tiles, one at a time: memory for one tile, and the same result.
+
+        Without this call they do so for `WHOLE_BELOW` pixels of a batch and more.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: of a tile in pixels, its margins included.
+
+        Raises:
+            ValueError: a side that is no multiple of the stride, or that is all margin.
+        """
+        margin = decode_margin(self.config.levels, self.config.bottleneck_blocks)
+        sides = {"tile_sample_min_height": tile_sample_min_height, "tile_sample_min_width": tile_sample_min_width}
+        chosen = {
+            name: tile_side(side, getattr(self, name), name, stride=self.stride, margin=margin)
+            for name, side in sides.items()
+        }
+        self.tile_sample_min_height, self.tile_sample_min_width = chosen.values()
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Makes `decode` and `encode` work on whole pictures, however large."""
+        self.use_tiling = False
+
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> VQGANEncoderOutput | tuple[Tensor]:
         """Latents of pictures, neither scaled nor quantised.
@@ -187,7 +224,13 @@ class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
             sides = f"{x.shape[-2]}x{x.shape[-1]}"
             raise ValueError(f"pixels are {sides} (height x width); both sides must be multiples of {self.stride}")
-        latents = self._run(self.down_blocks, self.in_block(x.to(next(self.in_block.parameters()).dtype)))
+        x = x.to(next(self.in_block.parameters()).dtype)
+        # In training the batch norm before the latents looks at the whole batch.
+        if self._tiles(x, 1) and not self.training:
+            latents = tiled(self._encode, x, margin=encode_margin(self.config.levels), cell=(self.stride, 1),
+                            tile=self._tile())  # fmt: skip
+        else:
+            latents = self._encode(x)
         return VQGANEncoderOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
@@ -201,7 +244,11 @@ class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
         h = h.to(next(self.up_blocks.parameters()).dtype)
         quantized = None if force_not_quantize else self.vquantizer(h)
         h = h if quantized is None else quantized.latents
-        sample = self.out_block(self._run(self.up_blocks, h))
+        if self._tiles(h, self.stride):
+            margin = decode_margin(self.config.levels, self.config.bottleneck_blocks)
+            sample = tiled(self._decode, h, margin=margin, cell=(1, self.stride), tile=self._tile())
+        else:
+            sample = self._decode(h)
         return VQGANOutput(sample=sample, quantized=quantized) if return_dict else (sample,)
 
     def forward(
@@ -234,6 +281,22 @@ class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
         from stable_cascade.formats.networks import to_original
 
         return to_original(self.state_dict(), "vqgan")
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self._run(self.down_blocks, self.in_block(pixels))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.out_block(self._run(self.up_blocks, latents))
+
+    def _tile(self) -> tuple[int, int]:
+        return self.tile_sample_min_height // self.stride, self.tile_sample_min_width // self.stride
+
+    def _tiles(self, x: Tensor, stride: int) -> bool:
+        """Whether a batch with `stride` pixels per position is computed in tiles."""
+        pixels = len(x) * x.shape[-2] * x.shape[-1] * stride**2
+        if self.use_tiling is None:  # where a gradient is asked for, all tiles would be kept anyway
+            return pixels >= WHOLE_BELOW and not torch.is_grad_enabled()
+        return self.use_tiling and pixels > 0
 
     def _run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_cascade.diffusion.noise import gaussian_noise, sample_generators
+from stable_cascade.transfer import to_device
 
 
 def edge_loss(rebuilt: Tensor, pixels: Tensor) -> Tensor:
@@ -60,6 +61,6 @@ def image_encoder_loss(
     """
     height, width = pixels.shape[-2] // stride, pixels.shape[-1] // stride
     noise = latent_noise * gaussian_noise((16, height, width), sample_generators(seeds, "latent"))
-    rebuilt = model(pixels, noise.to(pixels.device))
+    rebuilt = model(pixels, to_device(noise, pixels.device))
     wanted = pixels if rebuilt.shape == pixels.shape else F.interpolate(pixels, size=rebuilt.shape[-2:], mode="area")
     return {"loss": reconstruction_loss(rebuilt, wanted, square=2.0, edges=0.3)}

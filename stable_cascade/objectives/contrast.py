@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_cascade.models.text import encode_prompts
+from stable_cascade.transfer import to_device
 
 
 class TwoTowers(nn.Module):
@@ -43,7 +44,7 @@ def contrastive_loss(model: nn.Module, clip_pixels: Tensor, captions: Sequence[s
     """
     similarity = model(clip_pixels, captions)
     index = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    group = torch.tensor([index[caption] for caption in captions], device=similarity.device)
+    group = to_device(torch.tensor([index[caption] for caption in captions]), similarity.device)
     same = (group[:, None] == group[None, :]).float()
     wanted = same / same.sum(1, keepdim=True)
     by_picture = F.cross_entropy(similarity, wanted, reduction="none")

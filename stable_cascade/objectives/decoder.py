@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stable_cascade.diffusion.noise import gaussian_noise, sample_generators
 from stable_cascade.objectives.denoising import LossTerms, chosen, denoising_loss, draw_log_snr, draw_noise
 from stable_cascade.objectives.prior import drop_captions
+from stable_cascade.transfer import to_device
 
 
 def decoder_loss(
@@ -52,12 +53,12 @@ def decoder_loss(
         clean = encode_vq(pixels).float()
         small = shrink(pixels, step_seed, stride=stride, smallest=effnet_min_scale, interpolation=effnet_interpolation)
         effnet = encode_semantic(small).float()
-        effnet = effnet + semantic_noise(seeds, tuple(effnet.shape[1:]), effnet_noise).to(effnet)
-        kept = ~chosen(seeds, "effnet", effnet_dropout)
-        effnet = effnet * kept.to(effnet)[:, None, None, None]
+        effnet = effnet + to_device(semantic_noise(seeds, tuple(effnet.shape[1:]), effnet_noise), effnet.device)
+        kept = to_device(~chosen(seeds, "effnet", effnet_dropout), effnet.device)
+        effnet = effnet * kept[:, None, None, None]
         pooled = embed_text(drop_captions(captions, seeds, caption_dropout))
-    noise = draw_noise(seeds, tuple(clean.shape[1:]), pyramid=pyramid).to(clean.device)
-    log_snr = draw_log_snr(seeds, shift=shift).to(clean.device)
+    noise = to_device(draw_noise(seeds, tuple(clean.shape[1:]), pyramid=pyramid), clean.device)
+    log_snr = to_device(draw_log_snr(seeds, shift=shift), clean.device)
     return denoising_loss(
         lambda noised, ratio: model(noised, ratio, clip_text_pooled=pooled, effnet=effnet, return_dict=False)[0],
         clean,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from stable_cascade.objectives.denoising import LossTerms, chosen, denoising_loss, draw_log_snr, draw_noise
+from stable_cascade.transfer import to_device
 
 EmbedText = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """B captions -> hidden states (B, L, D) and pooled text (B, 1, P)."""
@@ -82,8 +83,8 @@ def prior_loss(
         control: control images (B, c, H, W).
         mask: weights (B, 1, h, w) of the places of a sample.
     """
-    noise = draw_noise(seeds, tuple(clean.shape[1:]), offset=offset_noise).to(clean.device)
-    log_snr = draw_log_snr(seeds, shift=shift).to(clean.device)
+    noise = to_device(draw_noise(seeds, tuple(clean.shape[1:]), offset=offset_noise), clean.device)
+    log_snr = to_device(draw_log_snr(seeds, shift=shift), clean.device)
     shown = drop_captions(captions, seeds, caption_dropout)
     conditions = (shown, clip_img) if control is None else (shown, clip_img, control)
     return denoising_loss(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stable_cascade.diffusion.noise import sample_generators
+from stable_cascade.transfer import to_device
 
 from .autoencoding import reconstruction_loss
 
@@ -69,7 +70,7 @@ class AdversarialAutoencoder(nn.Module):
             indices = self.vqgan.vquantizer.indices(latents)
             codes = self.vqgan.vquantizer.lookup(indices).to(latents.dtype)
             straight = latents + (codes - latents).detach()
-            given = torch.where(as_codes.to(latents.device)[:, None, None, None], straight, latents)
+            given = torch.where(to_device(as_codes, latents.device)[:, None, None, None], straight, latents)
             codebook, commitment = _distance(codes, latents.detach()), _distance(latents, codes.detach())
             found = {"indices": indices, "codebook": codebook, "commitment": commitment}
         pictures = self.vqgan.decode(given).sample

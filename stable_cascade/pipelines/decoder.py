@@ -18,10 +18,11 @@ from .outputs import check_output_type
 from .prompts import PromptArguments
 from .source import Source, read_source
 from .stages import begin, decode, draw_vq, embed_text, stage_settings
+from .tiling import VAETilingMixin
 
 
 class StableCascadeDecoderPipeline(  # type: ignore[misc]
-    FromFolderMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+    FromFolderMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
     """Semantic latents to pictures.
 
@@ -62,7 +63,7 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         *,
         height: int | None = None, width: int | None = None,
         image: Any = None, mask_image: Any = None,
-        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None, prompt_embeds_pooled: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_pooled: Tensor | None = None,
@@ -90,7 +91,9 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         height = _side(semantic.shape[-2], multiple) if height is None else height
         width = _side(semantic.shape[-1], multiple) if width is None else width
         source = _source(image, mask_image, height, width)
-        settings = stage_settings(num_inference_steps, guidance_scale, guidance_rescale, guidance_interval)
+        settings = stage_settings(
+            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, cache_interval=cache_interval
+        )
         check_output_type(output_type)
         _check_pair("", prompt_embeds, prompt_embeds_pooled)
         _check_pair("negative_", negative_prompt_embeds, negative_prompt_embeds_pooled)

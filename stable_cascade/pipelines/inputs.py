@@ -30,6 +30,12 @@ def check_steps(steps: Any, name: str = "num_inference_steps") -> None:
         raise ValueError(f"{name} {steps!r} is not a positive whole number; 10 to 30 are usual")
 
 
+def check_cache_interval(interval: Any) -> None:
+    """Raises ValueError unless it is a positive whole number."""
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(f"cache_interval {interval!r} is not a positive whole number; 1 runs all of every step")
+
+
 def check_guidance(scale: Any, rescale: Any, interval: Any, name: str = "guidance_scale") -> None:
     """Raises ValueError for a guidance that means nothing."""
     if not is_number(scale) or scale < 0:

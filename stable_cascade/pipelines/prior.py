@@ -77,7 +77,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         *,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float = 4.0, guidance_rescale: float = 0.7,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         image: Any = None, strength: float | None = None, mask_image: Any = None,
         control_image: Any = None, controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0, control_guidance_end: float | Sequence[float] = 1.0,
@@ -108,8 +108,9 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         check_output_type(output_type, ("pt", "np"))
         check_call(self, source, latents)
         settings = stage_settings(
-            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, timesteps=timesteps
-        )
+            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, timesteps=timesteps,
+            cache_interval=cache_interval,
+        )  # fmt: skip
         arguments = PromptArguments(
             prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,
             negative_prompt_embeds_pooled,

@@ -27,12 +27,13 @@ from .stages import (
     rough,
     stage_settings,
 )
+from .tiling import VAETilingMixin
 
 MOST_COMPRESSION = 4
 """Largest `compression`, in strides of the image encoder; Stage B has seen up to 2 in training."""
 
 
-class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  # type: ignore[misc]
+class StableCascadeReconstructionPipeline(FromFolderMixin, VAETilingMixin, DiffusionPipeline):  # type: ignore[misc]
     """Pictures to semantic latents, and from them to pictures again.
 
     Args:
@@ -90,7 +91,7 @@ class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  
         compression: float | None = None,
         height: int | None = None, width: int | None = None,
         num_inference_steps: int = 10, guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1, generator: Generator | Sequence[Generator] | None = None,
         preview: bool = False, output_type: str = "pil", return_dict: bool = True,
@@ -114,7 +115,9 @@ class StableCascadeReconstructionPipeline(FromFolderMixin, DiffusionPipeline):  
         source = read_source(images, None, 0.0, height, width, name="images")
         check_call(self, source, None, output_type, preview=preview)
         multiple = self._multiple(compression)
-        settings = stage_settings(num_inference_steps, guidance_scale, guidance_rescale, guidance_interval)
+        settings = stage_settings(
+            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, cache_interval=cache_interval
+        )
         arguments = PromptArguments(prompt, negative_prompt)
         call = begin(self, source, arguments, num_images_per_prompt, generator)
 

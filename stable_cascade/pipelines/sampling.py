@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_cascade.diffusion.guidance import guide
+from stable_cascade.models.unet import DeepCache
 
 from .inputs import Generators, vq_size
 
@@ -29,6 +30,7 @@ class Settings:
     t_start: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     timesteps: tuple[float, ...] | None = None
+    cache_interval: int = 1
 
     @property
     def guided(self) -> bool:
@@ -123,7 +125,8 @@ def sample(
         kept: what inpainting keeps, put back after every step.
     """
     times = _times(scheduler, settings, latents.device)
-    steps = len(times) - 1
+    steps, ratios = len(times) - 1, scheduler.noise_condition(scheduler.timesteps)
+    whole, cache = _whole_steps(steps, settings.cache_interval, control), DeepCache()
     conditional = conditions.first(len(latents)) if settings.guided else conditions
     state = clean = latents.float()
     if kept is not None:
@@ -133,8 +136,10 @@ def sample(
             time, guided = scheduler.timesteps[number], settings.guides(times[number])
             known = conditions if guided else conditional
             active = [one.residuals for one in control if one.acts(number, steps)]
-            extra = {"control": _summed(active, guided)} if active else {}
-            prediction = _predict(network, scheduler, state, time, known, settings if guided else None, extra)
+            extra: dict[str, Any] = {"control": _summed(active, guided)} if active else {}
+            if settings.cache_interval > 1:
+                extra["cache"] = cache = DeepCache() if whole[number] else cache
+            prediction = _predict(network, state, ratios[number], known, settings if guided else None, extra)
             output = scheduler.step(prediction, time, state, generator=generator)
             state, clean = output.prev_sample, output.pred_original_sample
             if kept is not None:
@@ -154,6 +159,12 @@ def _times(scheduler: Any, settings: Settings, device: torch.device) -> list[flo
     return scheduler.timesteps.tolist()
 
 
+def _whole_steps(steps: int, interval: int, control: Sequence[Control]) -> list[bool]:
+    """Which steps run the whole network: every `interval`-th, and where a ControlNet begins or ends to act."""
+    acting = [[one.acts(step, steps) for one in control] for step in range(steps)]
+    return [step % interval == 0 or acting[step] != acting[step - 1] for step in range(steps)]
+
+
 def _summed(active: Sequence[Sequence[Tensor | None]], guided: bool) -> list[Tensor | None]:
     """The residuals of all ControlNets together, for both halves of a guided batch.
 
@@ -168,13 +179,14 @@ def _summed(active: Sequence[Sequence[Tensor | None]], guided: bool) -> list[Ten
 
 
 def _predict(
-    network: Any, scheduler: Any, state: Tensor, time: Tensor, conditions: Any, guidance: Settings | None,
-    extra: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    """The prediction at one time, guided where there is guidance. Shapes: (B, C, h, w) -> (B, C, h, w), float32."""
+    network: Any, state: Tensor, ratio: Tensor, conditions: Any, guidance: Settings | None, extra: dict[str, Any]
+) -> Tensor:
+    """The prediction for one noise condition, guided where there is guidance.
+
+    Shapes: (B, C, h, w), () -> (B, C, h, w), float32.
+    """
     batch = state if guidance is None else torch.cat([state, state])
-    ratio = scheduler.noise_condition(time).expand(len(batch))
-    (prediction,) = network(batch, ratio, conditions=conditions, return_dict=False, **extra)
+    (prediction,) = network(batch, ratio.expand(len(batch)), conditions=conditions, return_dict=False, **extra)
     if guidance is None:
         return prediction.float()
     conditional, unconditional = prediction.float().chunk(2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .control import ControlInput, run_control
 from .inputs import (
     Generators,
+    check_cache_interval,
     check_count,
     check_guidance,
     check_size,
@@ -81,6 +82,7 @@ def stage_settings(
     guidance_interval: Sequence[float],
     *,
     timesteps: Any = None,
+    cache_interval: int = 1,
     names: tuple[str, str] = ("num_inference_steps", "guidance_scale"),
 ) -> Settings:
     """How a stage is sampled, as a call says it; given times take the place of the number of steps.
@@ -90,21 +92,26 @@ def stage_settings(
     """
     check_steps(steps, names[0])
     check_guidance(guidance_scale, guidance_rescale, guidance_interval, names[1])
+    check_cache_interval(cache_interval)
     times = None if timesteps is None else check_times(timesteps)
     low, high = guidance_interval
-    return Settings(steps, guidance_scale, guidance_rescale, 1.0, (low, high), times)
+    return Settings(steps, guidance_scale, guidance_rescale, 1.0, (low, high), times, cache_interval)
 
 
 def two_settings(
-    prior_steps: int, prior_scale: float, steps: int, scale: float, rescale: float, interval: Sequence[float]
-) -> tuple[Settings, Settings]:
+    prior_steps: int, prior_scale: float, steps: int, scale: float, rescale: float, interval: Sequence[float],
+    *, cache_interval: int = 1,
+) -> tuple[Settings, Settings]:  # fmt: skip
     """Stage C's and Stage B's settings, as `StableCascadePipeline` names them."""
-    prior = stage_settings(
-        prior_steps, prior_scale, rescale, interval, names=("prior_num_inference_steps", "prior_guidance_scale")
+    stages = (
+        (prior_steps, prior_scale, ("prior_num_inference_steps", "prior_guidance_scale")),
+        (steps, scale, ("num_inference_steps", "decoder_guidance_scale")),
     )
-    return prior, stage_settings(
-        steps, scale, rescale, interval, names=("num_inference_steps", "decoder_guidance_scale")
+    prior, decoder = (
+        stage_settings(count, guidance, rescale, interval, cache_interval=cache_interval, names=names)
+        for count, guidance, names in stages
     )
+    return prior, decoder
 
 
 def check_call(

@@ -32,10 +32,11 @@ from .stages import (
     rough,
     two_settings,
 )
+from .tiling import VAETilingMixin
 
 
 class StableCascadePipeline(  # type: ignore[misc]
-    FromFolderMixin, EncodePromptMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+    FromFolderMixin, EncodePromptMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
     """Text to pictures through all three stages, or to rough pictures through the previewer.
 
@@ -103,7 +104,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         control_guidance_start: float | Sequence[float] = 0.0, control_guidance_end: float | Sequence[float] = 1.0,
         prior_num_inference_steps: int = 20, prior_guidance_scale: float = 4.0,
         num_inference_steps: int = 10, decoder_guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None, prompt_embeds_pooled: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_pooled: Tensor | None = None,
@@ -133,6 +134,8 @@ class StableCascadePipeline(  # type: ignore[misc]
             controlnet_conditioning_scale: factor of the residuals; as the next two, one or a list for several.
             control_guidance_start, control_guidance_end: part of Stage C's steps in which a ControlNet acts.
             guidance_interval: the times t (1 noise, 0 clean) of both stages within which guidance acts.
+            cache_interval: every so many steps of both stages run the whole network; those between run its outer half
+                of levels around what the last whole one made of the deeper half. 1 runs all; 2 is faster and rougher.
             generator: one for the batch, or one per image, which then looks the same alone or among others.
             latents: Stage C's noise to start from.
             preview: rough pictures from the previewer, without Stages B and A, at the previewer's own size.
@@ -146,7 +149,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         check_call(self, source, latents, output_type, preview=preview)
         prior_settings, settings = two_settings(
             prior_num_inference_steps, prior_guidance_scale, num_inference_steps, decoder_guidance_scale,
-            guidance_rescale, guidance_interval,
+            guidance_rescale, guidance_interval, cache_interval=cache_interval,
         )  # fmt: skip
         arguments = PromptArguments(
             prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,

@@ -193,12 +193,13 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample = _state(sample)
         prediction = model_output.to(sample)
         t = _times(timestep).to(sample.device)
-        log_snr, following = self.log_snr(t).to(sample), self._following(t)
+        following = self._following(t)
+        log_snr, log_snr_next = self.log_snr(torch.stack([t, following])).to(sample)
         kind, noising = self.config["prediction_type"], self.config["noising"]
         clean = process.to_clean(kind, prediction, sample, log_snr, noising)
         noise = process.to_noise(kind, prediction, sample, log_snr, noising)
         a, b = process.scales(log_snr, noising)
-        a_next, b_next = process.scales(self.log_snr(following).to(sample), noising)
+        a_next, b_next = process.scales(log_snr_next, noising)
         fresh = self._fresh_share(a, b, a_next, b_next)
         if fresh is None:
             moved = process.expand(a_next, sample) * clean + process.expand(b_next, sample) * noise

@@ -23,6 +23,7 @@ from stable_cascade.training.optimizers import set_learning_rate
 from stable_cascade.training.processes import told
 from stable_cascade.training.randomness import seeded
 from stable_cascade.training.run import Figures, PreviewFunction, Run, SaveFunction, TrainResult
+from stable_cascade.transfer import to_host
 
 LossFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
@@ -99,6 +100,7 @@ def _steps(
         figures = gradients(run, stream, loss_fn)
         norm = _clip(accelerator, run.model, config.max_grad_norm)
         figures.status = _status(run, figures.losses, norm, stop.wanted)
+        figures.read_status = to_host(figures.status)
         if run.reads_late:
             # The device skips the update if the step is bad; the host asks one step later and so never waits.
             if accelerator.scaler is None:
@@ -193,8 +195,8 @@ def _settle(accelerator: Any, figures: Figures) -> bool:
     Raises:
         NonFiniteError: the step was bad.
     """
-    assert figures.status is not None
-    _, bad, stop = figures.status.tolist()
+    assert figures.read_status is not None
+    _, bad, stop = figures.read_status()
     if bad:
         named = [key for key, loss in zip(figures.keys, figures.losses.tolist(), strict=True) if loss - loss != 0]
         everyone = told(accelerator, (named, figures.keys))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -49,14 +50,33 @@ def peak_bytes(
     return trace.peak
 
 
-def checkpointing(autocast: torch.dtype | None) -> Callable[..., Any]:
-    """What `enable_gradient_checkpointing` is given inside `peak_bytes`.
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Of the two computations that checkpointing makes."""
+
+
+def _none() -> Contexts:
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def checkpointing(
+    autocast: torch.dtype | None, context_fn: Callable[[], Contexts] | None = None
+) -> Callable[..., Any]:
+    """What `enable_gradient_checkpointing` is given inside `peak_bytes`; `context_fn` is torch's, where there is one.
 
     The second computation runs inside the backward pass, where the modes of the first are not in force.
     """
-    return functools.partial(
-        checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _LikeCuda(autocast))
-    )
+
+    def contexts() -> Contexts:
+        first, again = (context_fn or _none)()
+        return first, _both(again, _LikeCuda(autocast))
+
+    return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 class _Trace(TorchDispatchMode):
@@ -103,7 +123,7 @@ class _LikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             query, key, value = (self._cast(part) for part in (*args, *kwargs.values())[:3])
-            return _FusedAttention.apply(query, key, value)
+            return _FusedAttention.apply(query, key, value, kwargs.get("dropout_p", 0.0))
         if func is Tensor.backward:
             self.cached.clear()  # the end of the autocast region, which frees its casts of the weights
         if self.autocast is not None and func in _LOWER:
@@ -137,10 +157,11 @@ class _FusedAttention(torch.autograd.Function):
     """The memory of flash attention: no matrix of scores, one number per query for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Shapes: (B, heads, N, d), (B, heads, L, d) twice -> (B, heads, N, d)."""
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        # The operation itself, so that selective checkpointing knows it; on the meta device it computes nothing.
+        out, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout)
+        ctx.save_for_backward(query, key, value, out, sums)
         return out
 
     @staticmethod
@@ -150,7 +171,7 @@ class _FusedAttention(torch.autograd.Function):
         sums = torch.empty_like(query, dtype=torch.float32)  # in which the kernel adds up the gradient of the query
         gradients = tuple(torch.empty_like(part) for part in (query, key, value))
         del sums
-        return gradients
+        return *gradients, None
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], optimizer: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stable_cascade.compilation import as_written, compile_blocks
 from stable_cascade.config import TrainingSettings
 from stable_cascade.training import checkpoints, sharding, tracking
 from stable_cascade.training.ema import MovingAverage, averaged, trainable
+from stable_cascade.training.float8 import prepare_float8
 from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
 from stable_cascade.training.noise_levels import LossByNoiseLevel
 from stable_cascade.training.optimizers import build_optimizer, parameter_groups
@@ -49,6 +52,7 @@ class Figures:
     noise_levels: Tensor | None
     unweighted: Tensor | None
     status: Tensor | None = None
+    read_status: Callable[[], list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class Run:
             sharding.refuse_unsupported(accelerator, model, config.optimizer)
             self.blueprint = sharding.blueprint(model)
             sharding.keep_precision(accelerator, model)
+        if config.float8:  # after adapters, before compilation
+            prepare_float8(model, accelerator)
+        if config.compile:  # after adapters and checkpointing, before wrappers, which then see the compiled blocks
+            compile_blocks(model)
         self.plain_optimizer: Any = build_optimizer(config, parameter_groups(trainable(model), learning_rate))
         self.model, self.optimizer = accelerator.prepare(model, self.plain_optimizer)
         self.trained = self.model if self.sharded else model
@@ -272,7 +280,9 @@ class Run:
         if self.accelerator.is_main_process:
             self.pictures.mkdir(parents=True, exist_ok=True)
             whole.model.to(self.accelerator.device).eval()
-            with torch.no_grad(), torch.random.fork_rng():
+            # A sheet is too few steps for graphs of its own, those of evaluation, to pay.
+            plain = as_written() if self.config.compile else contextlib.nullcontext()
+            with torch.no_grad(), torch.random.fork_rng(), plain:
                 drawn = self.preview_fn(self.pictures, whole.model, self.step, whole.ema)
             whole.model.train()
             shown = [*(Path(path) for path in drawn or ()), *tracking.draw_noise_levels(self.log_file)]
