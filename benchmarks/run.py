@@ -43,12 +43,19 @@ def main(argv: list[str] | None = None) -> None:
         for row in importlib.import_module(f".{part}", __package__).rows(scale):
             rows.append(row)
             print(line(row), flush=True)
+        write_json(rows)
+        if arguments.results:
+            path = write_results(rows, scale)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes on {hardware()}")
+    if arguments.results:
+        print(f"wrote {path}")
+
+
+def write_json(rows: list[Row]) -> None:
+    """All rows so far, for programs."""
     out = HERE / "out" / "bench.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps([row.entry() for row in rows], indent=1) + "\n", encoding="utf-8")
-    if arguments.results:
-        print(f"wrote {write_results(rows, scale)}")
 
 
 def line(row: Row) -> str:
