@@ -83,9 +83,8 @@ def misbehaving(how: str) -> Surface:
 )  # fmt: skip
 def test_what_would_be_a_defect_is_seen(monkeypatch, how, seen):
     """The net itself: every way to misbehave is caught, and the cases behind a dead process still run."""
-    monkeypatch.setattr("tests.fuzzing.HANG_SECONDS", 0.3)
-    if how in ("slow",):
-        monkeypatch.setattr("tests.fuzzing.HANG_SECONDS", 60)
+    if how == "hang":
+        monkeypatch.setattr("tests.fuzzing.HANG_SECONDS", 0.3)
     report = run_cases(misbehaving(how), 5, 2)
     assert [outcome.number for outcome in report.outcomes] == [5, 6]
     assert all(outcome.outcome.startswith(seen) for outcome in report.outcomes), report.told()
