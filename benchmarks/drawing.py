@@ -24,8 +24,8 @@ def rows(scale: Scale) -> Iterator[Row]:
     if scale.device == "cpu":
         ours, peer = embedded_pair()
         yield in_turns("text-to-image 64 px, embedded", ours, peer, peer_name=PEER, rounds=2 * rounds + 1)
-    ours, peer = proxy_pair(scale)
-    size = round(scale.semantic * 42.67 / 64) * 64 if scale.device != "cpu" else 512
+    size = 384 if scale.device == "cpu" else 1024
+    ours, peer = proxy_pair(scale, size)
     yield in_turns(f"text-to-image {size} px, {scale.name}", ours, peer, peer_name=PEER, rounds=rounds)
 
 
@@ -40,7 +40,7 @@ def embedded_pair() -> tuple[Callable[[], Any], Callable[[], Any]]:
     return _ours(pipeline, 64), _peers(pipeline, prior, decoder, vqgan, 64, 10.67)
 
 
-def proxy_pair(scale: Scale) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def proxy_pair(scale: Scale, size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Networks of this scale with random weights; prompts are given as embeddings, the same for both."""
     from stable_cascade import StableCascadePipeline, StableCascadeScheduler
 
@@ -59,7 +59,6 @@ def proxy_pair(scale: Scale) -> tuple[Callable[[], Any], Callable[[], Any]]:
         "prompt_embeds": hidden, "prompt_embeds_pooled": pooled, "negative_prompt_embeds": empty,
         "negative_prompt_embeds_pooled": empty_pooled,
     }  # fmt: skip
-    size = 512 if scale.device == "cpu" else 1024
     theirs = _peers(pipeline, peer_prior, peer_decoder, peer_vqgan, size, 42.67, given)
     return _ours(pipeline, size, given), theirs
 
@@ -86,8 +85,9 @@ def _peers(
     )
     for pipeline in (stage_c, stage_b):
         pipeline.set_progress_bar_config(disable=True)
+        if given:  # diffusers asks the text encoder for its type even when embeddings are given
+            pipeline.text_encoder = _Stand(given["prompt_embeds"])
     text = given or {"prompt": "red apple, flat style"}
-    pooled = {key: value for key, value in text.items() if not key.endswith("prompt_embeds")}
 
     def run() -> Any:
         generator = torch.Generator().manual_seed(0)
@@ -96,11 +96,19 @@ def _peers(
             generator=generator, output_type="pt",
         )  # fmt: skip
         return stage_b(
-            made.image_embeddings, **pooled, num_inference_steps=STEPS[1], guidance_scale=GUIDANCE[1],
+            made.image_embeddings, **text, num_inference_steps=STEPS[1], guidance_scale=GUIDANCE[1],
             generator=generator, output_type="pt",
         )  # fmt: skip
 
     return run
+
+
+class _Stand(torch.nn.Module):
+    """Stands where a text encoder would: it only knows its type and device."""
+
+    def __init__(self, like: torch.Tensor):
+        super().__init__()
+        self.dtype, self.device = like.dtype, like.device
 
 
 def _peer_of(network: Any) -> Any:

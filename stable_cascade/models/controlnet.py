@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ BOTTLENECKS = ("effnet", "simple", "large")
 RELEASED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
 
 
-class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Residuals for chosen residual blocks of the prior.
 
     The prior resizes each to its grid and adds it before that block, counted over down then up, repeats included.

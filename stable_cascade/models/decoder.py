@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
 
 
-class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage B's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the larger released one (the guide's "3B"). `num_attention_heads` may be 0 or -1 on a level

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class StableCascadeImageEncoder(ModelMixin, ConfigMixin, FromOriginalModelMixin):
+class StableCascadeImageEncoder(ModelMixin, ConfigMixin):
     """Semantic latents of pictures in [0, 1]; the defaults are the released encoder.
 
     EfficientNetV2 features, a 1x1 convolution and a batch norm without weights, which gives latents of about unit

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 
-class StableCascadePreviewer(ModelMixin, ConfigMixin, FromOriginalModelMixin):
+class StableCascadePreviewer(ModelMixin, ConfigMixin):
     """Rough pictures of semantic latents, eight times their size; the defaults are the released previewer.
 
     Trained towards pixels in [0, 1] and not clamped.

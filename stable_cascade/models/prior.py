@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ TEXT_TOKENS = 77
 LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
 
 
-class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin):
+class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage C's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the released 3.6B. `num_attention_heads` may be 0 or -1 on a level without attention;

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -137,7 +136,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(latents=latents + (codes - latents).detach(), indices=indices, loss=loss)
 
 
-class StableCascadeVQGAN(ModelMixin, ConfigMixin, FromOriginalModelMixin):
+class StableCascadeVQGAN(ModelMixin, ConfigMixin):
     """Autoencoder between pixels and `vq_latents`; the defaults are the released Stage A.
 
     Names, config keys and behaviour are those of diffusers' `PaellaVQModel`. `scale_factor` is applied by the caller:
