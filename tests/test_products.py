@@ -77,6 +77,21 @@ def test_networks_are_the_same(monkeypatch, build):
         assert torch.allclose(own, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max() + 1))
 
 
+def test_a_graph_has_the_same_product(monkeypatch):
+    """Compiled without code generation: only whether the graph is right is asked here."""
+    always(monkeypatch)
+    leaves = [inputs((2, 5, 40)).requires_grad_(), inputs((24, 40), 1).requires_grad_(), inputs((24,), 2)]
+    compiled = torch.compile(linear, backend="aot_eager", dynamic=True, fullgraph=True)
+    for function in (compiled, F.linear):
+        output = function(*leaves)
+        gradients = torch.autograd.grad(output.square().sum(), leaves[:2])
+        if function is compiled:
+            found = [output, *gradients]
+    for own, plain in zip(found, [output, *gradients], strict=True):
+        assert own.shape == plain.shape
+        assert torch.allclose(own, plain, rtol=1e-5, atol=1e-4)
+
+
 def test_stage_a_is_the_same(monkeypatch):
     vqgan, latents = tiny_parts()["vqgan"], inputs((1, 4, 6, 9))
     with torch.no_grad():

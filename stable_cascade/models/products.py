@@ -66,13 +66,23 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.numel() * weight.shape[0] >= LEAST
-        and not torch.compiler.is_compiling()  # inductor has a choice of its own
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _opaque(x, weight, bias) if torch.compiler.is_compiling() else ONEDNN(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("stable_cascade::linear", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for graphs: inductor has plans of its own for oneDNN's product, which hold for packed weights only."""
     return ONEDNN(x, weight, bias, "none", [], "")
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 class _Linear(torch.autograd.Function):
