@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,17 +15,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from stable_cascade import StableCascadePrior
 
 from .data import ASPECTS, SIDE, write_shard
+from .measure import forget_memory, memory, seconds
 from .networks import gradients
-from .proxies import prior_inputs, prior_pair
+from .proxies import prior_inputs, seeded
 from .scale import CPU, GPU, Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES, BATCHES, WORKERS = (12, 24, 48), (1, 4, 16), (0, 1, 2, 4)
 MOST_TOKENS = 48 * 48 * 4
-"""Latents in a batch up to which a CPU ends within a minute; the cells beyond it stay empty."""
+"""Latents in a batch up to which a CPU ends within a minute or two; the cells beyond it stay empty."""
+LONGEST = 30.0
+"""Seconds after which a cell is not measured again."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,24 +63,14 @@ def in_own_process(side: int, batch: int, *, gpu: bool) -> dict[str, float]:
 
 def step_cost(scale: Scale, side: int, batch: int) -> dict[str, float]:
     """Seconds of forward and backward of the prior, and the peak memory beyond that of the network."""
-    network = prior_pair(scale.prior, scale.dtype)[0].to(scale.device)
-    gc.collect()
-    before = _peak(scale.device)
+    network = seeded(StableCascadePrior(**scale.prior)).to(scale.device, scale.dtype).eval()
     inputs = prior_inputs(scale.prior, batch, side, scale.dtype, scale.device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        gradients(network, inputs)
-        if scale.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return {"seconds": min(times), "gigabytes": _peak(scale.device) - before}
-
-
-def _peak(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    gc.collect()
+    forget_memory(scale.device)
+    before, times = memory(scale.device), [seconds(lambda: gradients(network, inputs))]
+    while len(times) < 3 and sum(times) < LONGEST:
+        times.append(seconds(lambda: gradients(network, inputs)))
+    return {"seconds": min(times), "gigabytes": memory(scale.device) - before}
 
 
 def pictures_per_second(workers: int, batches: int = 16) -> float:
@@ -108,13 +100,13 @@ def plot(cells: dict[tuple[int, int], dict[str, float]], throughput: dict[int, f
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     for panel, key, label in (
         (panels[0], "seconds", "seconds a step"),
-        (panels[1], "gigabytes", "GiB beside weights"),
+        (panels[1], "gigabytes", "GiB beside the weights"),
     ):
         for side in SIDES:
             points = [(batch, cells[side, batch][key]) for batch in BATCHES if (side, batch) in cells]
             panel.plot(*zip(*points, strict=True), "o-", label=f"{side} x {side} latents")
         panel.set(xscale="log", yscale="log", xlabel="batch", ylabel=label, xticks=BATCHES, xticklabels=BATCHES)
-        panel.legend()
+        panel.legend(loc="lower right")
         panel.grid(alpha=0.3)
     panels[2].plot(list(throughput), list(throughput.values()), "o-")
     panels[2].set(xlabel="data workers", ylabel="pictures a second", ylim=(0, None), xticks=WORKERS)

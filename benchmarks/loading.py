@@ -23,14 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CHILD = """
 import json, sys, time
 import torch
+from benchmarks.measure import memory
 from diffusers.models import StableCascadeUNet
 from stable_cascade import StableCascadePrior
 from stable_cascade.models.presets import PRESETS
 path, who = sys.argv[1:]
-def peak():  # of this program alone: ru_maxrss would begin with that of the one that started it
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-before = peak()
+before = memory()
 start = time.perf_counter()
 if who == "ours":
     network = StableCascadePrior.from_single_file(path, config="1B")
@@ -43,7 +41,7 @@ else:
 # One number of every page: weights that are mapped from the file are only read when they are used.
 checked = sum(float(parameter.detach().flatten()[::2048].float().sum()) for parameter in network.parameters())
 elapsed = time.perf_counter() - start
-print(json.dumps({"seconds": elapsed, "gigabytes": (peak() - before) / 2**20, "first_weights": checked}))
+print(json.dumps({"seconds": elapsed, "gigabytes": memory() - before, "first_weights": checked}))
 """
 
 

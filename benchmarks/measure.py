@@ -44,6 +44,26 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def memory(device: str = "cpu") -> float:
+    """The most memory this program has held so far, in GiB; on a CPU of Linux, where a program's own is told.
+
+    `resource.getrusage` would begin with that of the program that started this one.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+
+
+def forget_memory(device: str = "cpu") -> None:
+    """Lets `memory` begin anew at what is held now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as reset:
+            reset.write("5")
+
+
 def in_turns(
     row: str,
     ours: Callable[[], Any],

@@ -28,7 +28,7 @@ class Scale:
     """The rounds of the rows that take longer than the others."""
 
 
-CPU = Scale("117M prior, 100M decoder", "cpu", torch.float32, PRIOR, DECODER, 24, 64, 4, {"drawing": 2, "training": 3})
+CPU = Scale("117M prior, 100M decoder", "cpu", torch.float32, PRIOR, DECODER, 24, 64, 7, {"drawing": 2, "training": 3})
 GPU = Scale(
     "released", "cuda", torch.bfloat16, PRESETS["prior"]["3.6B"], PRESETS["decoder"]["3B"], 24, 256, 15,
     {"drawing": 5, "training": 9},
