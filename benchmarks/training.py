@@ -212,9 +212,10 @@ def start_row(rounds: int) -> Row:
 
 
 def first_update(folder: Path) -> float:
-    """Runs the trainer and reads when its log tells of the first update."""
+    """Launches the trainer as a user does, and reads when its log tells of the first update."""
     command = [
-        sys.executable, str(ROOT / "examples/train_lora.py"), "--config",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(ROOT / "accelerate_configs/cpu.yaml"), str(ROOT / "examples/train_lora.py"), "--config",
         str(ROOT / "examples/configs/lora_embedded.yaml"), "--updates", "2", "--checkpoint_path", str(folder),
         "--output_path", str(folder), "--save_every", "2", "--log_every", "1",
     ]  # fmt: skip
