@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,5 +78,5 @@ def check_compiler(device: str) -> None:
 
 
 def as_written() -> AbstractContextManager:
-    """A context in which compiled blocks run as they are written, and nothing is compiled."""
-    return torch.compiler.set_stance("force_eager")
+    """A context in which compiled blocks run as they are written, and nothing is compiled; nothing inside a graph."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from stable_cascade import StableCascadePipeline, compilation
 from stable_cascade.drawing import Session
+from stable_cascade.models.checkpointing import selective_checkpoint
 from tests.tiny_cascade import MULTIPLE, tiny_parts, tiny_prior
 from tests.trainer_runs import (
     ROUNDED,
@@ -101,6 +102,18 @@ def test_names_and_copies_know_nothing_of_it():
     assert all(module._compiled_call_impl is None for module in copy.deepcopy(network).modules())
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_selective_checkpointing_runs_blocks_as_written(monkeypatch, backend):
+    """Generated code writes over what selective checkpointing has kept, and gradients come out wrong."""
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    network, given = tiny_prior(dropout=0.0).requires_grad_(True).train(), inputs(2, *SQUARE)
+    plain = [value.clone() for value in gradients(network, given)]
+    compilation.compile_blocks(network)
+    network.enable_gradient_checkpointing(selective_checkpoint)
+    assert_near(gradients(network, given), plain)
+    assert graphs() == 0
+
+
 def test_as_written_compiles_nothing(monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     network = tiny_prior()
@@ -143,6 +156,15 @@ def test_without_a_compiler_it_says_so_before_anything_is_read(tmp_path, cascade
         config = write_config(tmp_path / "run.yaml", settings("lora", tmp_path, cascade, compile=True))
         trainer_main("lora")(["--config", str(config), "--check"])
     assert "compile         MISSING: compile needs a C++ compiler" in capsys.readouterr().out
+
+
+def test_a_config_cannot_ask_for_selective_checkpointing_as_well(tmp_path, cascade):
+    values = settings("text_to_image", tmp_path, cascade, compile=True, gradient_checkpointing="selective")
+    config = write_config(tmp_path / "both.yaml", values)
+    with pytest.raises(
+        ValueError, match=r"compile.*cannot run under gradient_checkpointing: selective; set that to true"
+    ):
+        trainer_main("text_to_image")(["--config", str(config)])
 
 
 def test_a_network_without_repeated_blocks_is_refused():

@@ -57,6 +57,15 @@ def test_deepspeed_is_refused_with_the_launch_to_use(tmp_path):
         check_launch(toy_config(tmp_path), accelerator)
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    """All of them would train the same and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    alone = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"))
+    with pytest.raises(ValueError, match=r"2 processes were started.*on the CPU set ACCELERATE_USE_CPU=true"):
+        check_launch(toy_config(tmp_path), alone)
+
+
 def stand_in(folder: Path, name: str, text: str) -> None:
     """A program of the cluster, as far as the script can tell."""
     program = folder / name

@@ -181,9 +181,11 @@ def _float8_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _compile_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What torch compiles anew for every layer would never end compiling."""
+    """What torch compiles anew for every layer would never end compiling; generated code writes over what was kept."""
     if values.get("compile") and values.get("use_dora"):
         yield "compile", "is not for DoRA, whose layers end a graph each (use_dora: True); set one of the two"
+    if values.get("compile") and values.get("gradient_checkpointing") == "selective":
+        yield "compile", "cannot run under gradient_checkpointing: selective; set that to true or false"
 
 
 def resolve(config: Any) -> None:

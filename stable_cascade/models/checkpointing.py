@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from stable_cascade.compilation import as_written
+
 from .products import ONEDNN
 
 SELECTIVE = "selective"
@@ -30,9 +32,10 @@ ATTENTION = {
 def selective_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, whose backward pass repeats norms, activations, dropout and copies, but no matrix product.
 
-    For `enable_gradient_checkpointing(selective_checkpoint)` of any network.
+    For `enable_gradient_checkpointing(selective_checkpoint)` of any network. Compiled blocks run as they are written:
+    generated code uses the memory of results again, and so writes over those that are kept here.
     """
-    return checkpoint(_uncached(function), *args, use_reentrant=False, context_fn=selective_contexts)
+    return checkpoint(_as_written(function), *args, use_reentrant=False, context_fn=selective_contexts)
 
 
 def chosen_checkpoint(choice: bool | str) -> Callable[..., Any] | None:
@@ -73,14 +76,15 @@ def _dropout(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     return {**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0)
 
 
-def _uncached(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` where autocast casts weights at every use: casts left over would make the repetition another one."""
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` uncompiled, autocast casting weights at every use: casts left over would change the repetition."""
 
     def run(*args: Any) -> Any:
         device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
-            return function(*args)
+        with as_written():
+            if device == "meta" or not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
+                return function(*args)
 
     return run

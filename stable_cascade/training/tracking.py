@@ -45,9 +45,16 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
     """Refuse a launch that contradicts the config.
 
     Raises:
-        ValueError: `use_fsdp` and the accelerate config disagree, the processes do not divide the batch, or
-            `push_to_hub` could not upload anything in the end.
+        ValueError: `use_fsdp` and the accelerate config disagree, the processes do not know of each other or do not
+            divide the batch, or `push_to_hub` could not upload anything in the end.
     """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, but each takes itself for the only one, and all would write the same "
+            "files; on the CPU set ACCELERATE_USE_CPU=true before `accelerate launch`, elsewhere launch one process or "
+            "mend distributed_type in the accelerate config"
+        )
     if getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
         raise ValueError(
             "accelerate runs DeepSpeed, whose engine takes the steps itself, so that neither a bad step could be held "
