@@ -52,8 +52,8 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
     if started > 1 and accelerator.num_processes == 1:
         raise ValueError(
             f"{started} processes were started, but each takes itself for the only one, and all would write the same "
-            "files; on the CPU set ACCELERATE_USE_CPU=true before `accelerate launch`, elsewhere launch one process or "
-            "mend distributed_type in the accelerate config"
+            "files; on the CPU set ACCELERATE_USE_CPU=true before `accelerate launch`, elsewhere launch one process "
+            "or mend distributed_type in the accelerate config"
         )
     if getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
         raise ValueError(
