@@ -12,7 +12,9 @@ PACKAGE = "stable_cascade"
 
 # Folder or module of the package (or of the repository) -> its layer. A new one has to be placed here.
 LAYERS = {
+    "bounds": -1,
     "compilation": -1,
+    "disk": -1,
     "redaction": -1,
     "transfer": -1,
     "wording": -1,
@@ -41,6 +43,7 @@ LAYERS = {
 }
 # These files lie in one folder, the package's own; only in this direction, so that no circle arises.
 SAME_FOLDER = {
+    ("disk", "wording"),
     ("cli", "app"),  # the command that starts the page
     ("previews", "factory"),
     ("plan", "factory"),
