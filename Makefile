@@ -25,13 +25,13 @@ QUICKSTART_ARGS = $(TRAIN_ARGS) --output $(QUICKSTART)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 RUN = $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
 
-.PHONY: help venv install install-test quality format test test-slow quickstart docs docs-pictures bench bench-gpu clean
+.PHONY: help venv install install-test quality format test test-slow test-floors test-constraints quickstart quickstart-run docs docs-pictures bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z -]*:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed (tested: 3.11); make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed (tested: 3.11); make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py constraints.txt pyproject.toml | $(BIN)/python
@@ -64,7 +64,27 @@ test: quality  ## quality, then the default tests (ten slowest and skip reasons 
 test-slow: $(VENV)/.installed-test  ## the tests marked slow, minutes long
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --timeout 3600 -m slow $(PYTEST_ARGS)
 
-quickstart: $(VENV)/.installed  ## draw, train a LoRA on the embedded cascade, draw again
+# The embedded cascade is trained and drawn with, and every pipeline called, at the lowest version of each requirement.
+FLOORS := .venv-floors
+test-floors:  ## the lowest versions that setup.py allows: the pipelines' tests and a short quickstart (torch is a CUDA build)
+	rm -rf $(FLOORS)
+	$(PYTHON) -m venv $(FLOORS)
+	$(PYTHON) tests/lowest_versions.py > $(FLOORS)/lowest.txt
+	$(FLOORS)/bin/python -m pip install --disable-pip-version-check --prefer-binary -r $(FLOORS)/lowest.txt \
+	    pytest pytest-timeout pytest-xdist -e .
+	$(OFFLINE) OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n $(WORKERS) tests/test_pipeline*.py tests/test_lora*.py \
+	    tests/test_formats*.py tests/test_scheduler.py tests/test_prompts.py tests/test_tokens.py tests/test_vqgan.py
+	$(MAKE) quickstart-run BIN=$(FLOORS)/bin UPDATES=5
+
+test-constraints: $(VENV)/.installed  ## constraints.txt resolves for every Python that setup.py allows (asks the package index)
+	$(BIN)/python tests/lowest_versions.py --ranges > $(VENV)/ranges.txt
+	for version in 3.11 3.12 3.13 3.14; do \
+	    $(BIN)/python -m pip install --disable-pip-version-check -q --dry-run --target $(VENV)/unused --python-version $$version \
+	        --only-binary :all: -c constraints.txt -r $(VENV)/ranges.txt && echo "resolves for Python $$version"; done
+
+quickstart: $(VENV)/.installed quickstart-run  ## draw, train a LoRA on the embedded cascade, draw again
+
+quickstart-run:
 	rm -rf $(QUICKSTART)
 	$(RUN) $(BIN)/python examples/quickstart.py before $(QUICKSTART_ARGS)
 	$(RUN) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
@@ -86,4 +106,4 @@ bench-gpu: $(VENV)/.installed  ## the same at real sizes with random weights, on
 	$(RUN) $(BIN)/python -m benchmarks.run --scale gpu --results
 
 clean:  ## remove .venv, caches, site and outputs/quickstart
-	rm -rf $(VENV) $(QUICKSTART) site .mypy_cache .ruff_cache .pytest_cache build stable_cascade.egg-info
+	rm -rf $(VENV) $(FLOORS) $(QUICKSTART) site .mypy_cache .ruff_cache .pytest_cache build stable_cascade.egg-info

@@ -13,21 +13,26 @@ def version() -> str:
     raise ValueError("stable_cascade/__init__.py has no line '__version__ = \"...\"'")
 
 
-# Ranges say what should work; constraints.txt says what was tested together.
+# The lowest versions are those that `make test-floors` installs and tries; constraints.txt says what was tested together.
 REQUIRES = [
     "torch>=2.8",
     "accelerate>=1.10",
-    "diffusers>=0.36",
-    "transformers>=4.56",
-    "peft>=0.17",
-    "safetensors>=0.5",
+    "diffusers>=0.38",
+    "transformers>=5.4",
+    "peft>=0.21",
+    "huggingface_hub>=1.23",
+    "safetensors>=0.8",
     "webdataset>=0.2.100",
-    "datasets>=3.0",
+    "datasets>=4.0",
     "wandb>=0.18",
     "omegaconf>=2.4",
+    "PyYAML>=6.0",
     "fsspec>=2024.6",
+    "aiohttp>=3.10",  # fsspec reads https shards with it
+    "braceexpand>=0.1.7",
+    "tqdm>=4.67",
     "pillow>=10.3",
-    "numpy>=1.26",
+    "numpy>=2.0",
 ]
 
 EXTRAS = {
@@ -64,7 +69,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["stable_cascade", "stable_cascade.*"]),
     package_data={"stable_cascade": ["embedded/**/*", "py.typed"]},
     install_requires=REQUIRES,

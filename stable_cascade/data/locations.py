@@ -126,9 +126,9 @@ def filesystem(location: str) -> tuple[Any, str]:
     scheme = location.split("://", 1)[0]
     try:
         files, path = fsspec.core.url_to_fs(location, **_options(scheme))
-    except ImportError:
-        extra = "stable-cascade[s3]" if scheme in ("s3", "s3a") else f"an fsspec package for {scheme}"
-        raise ValueError(f"{location!r} needs {extra}: pip install '{extra}'") from None
+    except ImportError as error:
+        remedy = "pip install 'stable-cascade[s3]'" if scheme in ("s3", "s3a") else short(error)
+        raise ValueError(f"{location!r}: the package that reads {scheme}:// is not installed ({remedy})") from None
     except ValueError as error:
         raise ValueError(f"{location!r}: {short(error)}; use a path, http(s):// or s3://") from None
     if scheme in ("s3", "s3a"):
