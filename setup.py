@@ -13,7 +13,7 @@ def version() -> str:
     raise ValueError("stable_cascade/__init__.py has no line '__version__ = \"...\"'")
 
 
-# The lowest versions are those that `make test-floors` installs and tries; constraints.txt says what was tested together.
+# Lowest versions: what `make test-floors` installs and tries. constraints.txt: what was tested together.
 REQUIRES = [
     "torch>=2.8",
     "accelerate>=1.10",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -28,11 +29,10 @@ def lowest(requirement: str) -> str:
 
 
 def ranges() -> list[str]:
-    """All requirements, those of the extras included, but for the extras whose own packages bring torchvision or compile."""
-    extras = {
-        name: wanted for name, wanted in declared("EXTRAS").items() if name not in ("controlnet_aux", "identity")
-    }
-    return sorted({*declared("REQUIRES"), *sum(extras.values(), [])})
+    """All requirements and those of the extras, but for the extras whose packages bring torchvision or compile."""
+    extras = declared("EXTRAS")
+    tried = [wanted for name, wanted in extras.items() if name not in ("controlnet_aux", "identity")]
+    return sorted({*declared("REQUIRES"), *itertools.chain(*tried)})
 
 
 if __name__ == "__main__":

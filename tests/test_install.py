@@ -1,6 +1,7 @@
 """What an installation promises: declared imports, ranges that can be tried, an sdist whose tests run."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def names_in(requirements):
 @pytest.mark.parametrize("folder", ["stable_cascade", "examples", "benchmarks", "tests"])
 def test_every_import_is_declared(folder):
     extras = declared("EXTRAS")
-    known = names_in(declared("REQUIRES")) | names_in(sum(extras.values(), []))
+    known = names_in(declared("REQUIRES")) | names_in(itertools.chain(*extras.values()))
     missing = {}
     for name, path in imports_of(folder).items():
         package = IMPORTED_AS.get(name, name).lower().replace("_", "-")
