@@ -80,7 +80,7 @@ test-constraints: $(VENV)/.installed  ## constraints.txt resolves for every Pyth
 	$(BIN)/python tests/lowest_versions.py --ranges > $(VENV)/ranges.txt
 	for version in 3.11 3.12 3.13 3.14; do \
 	    $(BIN)/python -m pip install --disable-pip-version-check -q --dry-run --target $(VENV)/unused --python-version $$version \
-	        --only-binary :all: -c constraints.txt -r $(VENV)/ranges.txt && echo "resolves for Python $$version"; done
+	        --only-binary :all: -c constraints.txt -r $(VENV)/ranges.txt || exit 1; echo "resolves for Python $$version"; done
 
 quickstart: $(VENV)/.installed quickstart-run  ## draw, train a LoRA on the embedded cascade, draw again
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan)
         return
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan)
+    accelerator = factory.launch(config, plan, index)
     device, dtype = accelerator.device, getattr(torch, config.dtype)
 
     control_filter = factory.control_filter(config, device)
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         preview_fn=prior_previews(config, device, inputs, control=control),
         stateful=weighting.stateful,
         after_step=weighting.after_step,
+        data=factory.content(index),
     )
 
 

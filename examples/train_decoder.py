@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan)
         return
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan)
+    accelerator = factory.launch(config, plan, index)
     device = accelerator.device
 
     encoder = factory.frozen(config, "semantic_encoder", device)
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         preview_fn=decoder_previews(config, device, batches, encoder, vqgan, embed_text),
         stateful=weighting.stateful,
         after_step=weighting.after_step,
+        data=factory.content(index),
     )
 
 

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan)
         return
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan)
+    accelerator = factory.launch(config, plan, index)
     device = accelerator.device
 
     text = factory.trainable_text(config)
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         stateful=weighting.stateful,
         after_step=weighting.after_step,
         learning_rate=factory.learning_rate(config),
+        data=factory.content(index),
     )
 
 

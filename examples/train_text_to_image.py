@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan)
         return
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan)
+    accelerator = factory.launch(config, plan, index)
 
     inputs = factory.prior_inputs(config, accelerator, index)
     prior = factory.network(config, "prior")
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         preview_fn=prior_previews(config, accelerator.device, inputs),
         stateful=weighting.stateful,
         after_step=weighting.after_step,
+        data=factory.content(index),
     )
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     index = factory.samples(config)
     # Before adversarial_start the discriminator takes no part in a step, which several processes have to expect.
-    accelerator = factory.launch(config, plan, may_idle=bool(config.adversarial_start))
+    accelerator = factory.launch(config, plan, index, may_idle=bool(config.adversarial_start))
     device = accelerator.device
     vqgan, new = factory.network(config, "vqgan").to(device), config.stage_a_checkpoint_path == factory.SCRATCH
     batches = factory.batches(config, index, accelerator, factor=vqgan.stride)
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         preview_fn=vqgan_previews(config, first),
         stateful={} if revival is None else {"codebook": revival},
         learning_rate=learning_rate,
+        data=factory.content(index),
     )
 
 

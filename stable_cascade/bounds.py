@@ -13,3 +13,5 @@ IMAGE_FILE = 256 * MIB
 """Bytes of an image file."""
 JSON_FILE = 8 * MIB
 """Bytes of a JSON file or of a header's entry; those of the released models have some thousand."""
+RUN_RECORD = 64 * MIB
+"""Bytes of a checkpoint's run.json; a sharded run lists each file of each process."""

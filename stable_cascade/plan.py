@@ -17,7 +17,8 @@ from stable_cascade.data import make_buckets
 from stable_cascade.redaction import redacted
 from stable_cascade.training.float8 import SMALLEST, check_float8
 from stable_cascade.training.optimizers import check_optimizer
-from stable_cascade.training.tracking import LAUNCH_SHARDED
+from stable_cascade.training.run_folder import check_run_folders, run_folder
+from stable_cascade.training.tracking import LAUNCH_SHARDED, trackers_of
 
 
 def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
@@ -41,6 +42,8 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
             entries.append(("quantization", partial(_quantization_entry, config)))
     if config.optimizer != "adamw":
         entries.append(("optimizer", partial(_optimizer_entry, config)))
+    if config.tracker not in (None, "none"):
+        entries.append(("tracker", lambda: ", ".join(trackers_of(config))))
     if hasattr(config, "controlnet_filter"):
         entries.append(("controlnet", partial(_controlnet_entry, config)))
     if config.float8:
@@ -48,7 +51,8 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
     if config.compile:
         entries.append(("compile", _compile_entry))
     if config.check:  # a training indexes its pictures right after this
-        entries.append(("data", lambda: str(getattr(factory.samples(config), "report", "a stream"))))
+        entries.append(("data", lambda: factory.data_entry(config, factory.samples(config))))
+        entries.append(("run folder", partial(_run_folder_entry, config)))
     missing = 0
     for name, entry in entries:
         try:
@@ -154,6 +158,12 @@ def _ranks(model: Any) -> str:
     """The ranks of the adapters and how many layers have each, as ` (rank 4: 12, rank 16: 4)`."""
     counted = sorted(Counter(lora_ranks(model).values()).items())
     return f" ({', '.join(f'rank {rank}: {count}' for rank, count in counted)})"
+
+
+def _run_folder_entry(config: Any) -> str:
+    """Where the run writes, if it can."""
+    check_run_folders(config)
+    return str(run_folder(config))
 
 
 def _optimizer_entry(config: Any) -> str:

@@ -53,7 +53,7 @@ def test_the_blocks_to_wrap_exist(name):
 
 def test_deepspeed_is_refused_with_the_launch_to_use(tmp_path):
     accelerator = SimpleNamespace(num_processes=2, distributed_type=SimpleNamespace(value="DEEPSPEED"))
-    with pytest.raises(ValueError, match=r"accelerate runs DeepSpeed, .*; launch accelerate_configs/fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"asked for DeepSpeed, .*; launch accelerate_configs/fsdp2.yaml"):
         check_launch(toy_config(tmp_path), accelerator)
 
 

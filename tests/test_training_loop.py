@@ -52,7 +52,7 @@ def flat_training(config: TrainingSettings, rates=None) -> tuple[nn.Module, dict
         done = step + 1
         if done % 2 == 0:
             for name, p in trained.items():
-                ema[name].lerp_(p.detach(), 1 - (0.9 if done >= 2 else 0.0))
+                ema[name].lerp_(p.detach(), 1 - (0.9 if done > 2 else 0.0))
     return model, ema
 
 
@@ -129,9 +129,9 @@ def test_moving_average_copies_then_averages():
         model.weight.data.fill_(float(step))
         average.update(model, step)
         seen.append(round(average.weights["weight"].item(), 4))
-    assert seen[1:] == [2.0, 2.0, pytest.approx(0.9 * 2 + 0.1 * 4), pytest.approx(2.2), pytest.approx(0.9 * 2.2 + 0.6)]
+    assert seen[1:] == [2.0, 2.0, 4.0, 4.0, pytest.approx(0.9 * 4 + 0.1 * 6)]  # at step 4 still a copy
     with averaged(model, average):
-        assert model.weight.item() == pytest.approx(2.58)
+        assert model.weight.item() == pytest.approx(4.2)
     assert model.weight.item() == 6.0
     with averaged(model, None):
         assert model.weight.item() == 6.0

@@ -139,7 +139,7 @@ def test_damaged_checkpoint_is_refused(tmp_path, file):
     toy_train(toy_config(tmp_path, updates=4, lr_scheduler="constant"))
     path = tmp_path / "runs/toy/step-00000004" / file
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"step-00000004.*(damaged|no readable run.json).*delete") as caught:
+    with pytest.raises(ValueError, match=r"step-00000004.*damaged.*delete") as caught:
         toy_train(toy_config(tmp_path, lr_scheduler="constant"))
     assert "\n" not in str(caught.value)
 

@@ -25,6 +25,7 @@ _EXPORTS = {
     "remove_lora": "lora",
     "save_learned_embeds": "tokens",
     "save_lora": "lora",
+    "tokens_of": "tokens",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "remove_lora",
     "save_learned_embeds",
     "save_lora",
+    "tokens_of",
 ]
 
 if TYPE_CHECKING:
@@ -56,7 +58,14 @@ if TYPE_CHECKING:
     from .loading import load_lora, lora_path, read_lora
     from .lora import add_lora, lora_state_dict, remove_lora, save_lora
     from .quantized import QuantizedLinear, quantize, quantized_bytes
-    from .tokens import LearnedTokens, add_learned_tokens, add_token_rows, read_learned_embeds, save_learned_embeds
+    from .tokens import (
+        LearnedTokens,
+        add_learned_tokens,
+        add_token_rows,
+        read_learned_embeds,
+        save_learned_embeds,
+        tokens_of,
+    )
 
 
 def __getattr__(name: str) -> Any:

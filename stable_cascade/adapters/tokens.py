@@ -102,6 +102,16 @@ def add_learned_tokens(
     return learned
 
 
+def tokens_of(tokenizer: Any, entry: Sequence[str | None]) -> list[str]:
+    """The tokens that one entry of `train_tokens` trains: the new one, or those of the vocabulary that match.
+
+    Raises:
+        ValueError: as `add_learned_tokens`.
+    """
+    name, _ = _checked(entry)
+    return [name] if _is_new(name) else _existing(tokenizer.get_vocab(), name)
+
+
 def add_token_rows(tokenizer: Any, text_encoder: Any, embeds: Mapping[str, Tensor]) -> None:
     """Writes rows into the token embedding for use: known tokens are overwritten, the others added.
 

@@ -28,7 +28,8 @@ class RunSettings:
     seed: int = 0
     """Seed of everything random: sample order, crops, noise, dropout, previews."""
     resume: str = "latest"
-    """`latest` continues from the newest checkpoint, if any; `never` starts anew; a path names a checkpoint."""
+    """`latest` continues from the newest checkpoint, if any, `latest_intact` from the newest undamaged one; `never`
+    starts anew; a path names a checkpoint."""
     save_every: int = 1000
     """Steps between run checkpoints; each comes with an export of the model and a preview sheet."""
     backup_every: int | None = None

@@ -89,7 +89,7 @@ def index_dataset(
     if uncaptioned.any() and not columns.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, f"caption_column {columns.caption}")
-    pictures, masks = np.array([header.hashes for header in found], np.uint64).reshape(-1, 2)[keep].T
+    pictures, masks, texts = np.array([header.hashes for header in found], np.uint64).reshape(-1, 3)[keep].T
     masked = None
     if columns.mask is not None:
         masked = int((masks != 0).sum())
@@ -102,28 +102,31 @@ def index_dataset(
     source.rows = np.flatnonzero(keep)
     source.dataset = dataset.select_columns(_own_columns(dataset.column_names, columns))
     hashes = with_masks(pictures, masks)
+    masked_loss = columns.mask is not None
     return SampleIndex(
-        source, sizes[keep, 0], sizes[keep, 1], hashes, report, max_broken_share, columns.mask is not None
+        source, sizes[keep, 0], sizes[keep, 1], hashes, report, max_broken_share, masked_loss, text_hashes=texts
     )
 
 
 class _Header(NamedTuple):
-    """What one pass learns of a row: (0, 0) when the picture is unreadable, hashes of picture and mask (0: none)."""
+    """What one pass learns of a row: (0, 0) for an unreadable picture; hashes of picture, mask, caption (0: none)."""
 
     size: tuple[int, int]
     captioned: bool
-    hashes: tuple[int, int]
+    hashes: tuple[int, int, int]
 
 
 def _header(row: Mapping[str, Any], columns: HubColumns) -> _Header:
-    captioned = columns.text(row) is not None
+    text = columns.text(row)
+    captioned, text_hash = text is not None, content_hash((text or "").encode("utf-8", "surrogatepass"))
     try:
         data = columns.picture(row)
         size = image_size(data) or (0, 0)
     except (ValueError, OSError):
-        return _Header((0, 0), captioned, (0, 0))
+        return _Header((0, 0), captioned, (0, 0, 0))
     mask = columns.mask_file(row)
-    return _Header(size, captioned, (content_hash(data), 0 if mask is None else content_hash(mask)))
+    mask_hash = 0 if mask is None else content_hash(mask)
+    return _Header(size, captioned, (content_hash(data), mask_hash, text_hash))
 
 
 def _filtered(

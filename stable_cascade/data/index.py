@@ -222,7 +222,7 @@ def _select(
     if uncaptioned.any() and not limits.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, captions.name)
-    pictures, masks = np.concatenate([table.hashes for table in tables])[keep].T
+    pictures, masks, texts = np.concatenate([table.hashes for table in tables])[keep].T
     masked = None
     if limits.masks:
         masked = int((masks != 0).sum())
@@ -236,4 +236,13 @@ def _select(
     source.keys, source.spans = source.keys.take(keep), source.spans[keep]
     source.captioned, source.shard_numbers = source.captioned[keep], numbers[keep]
     hashes = with_masks(pictures, masks) if limits.masks else pictures
-    return SampleIndex(source, sizes[keep, 0], sizes[keep, 1], hashes, report, limits.max_broken_share, limits.masks)
+    return SampleIndex(
+        source,
+        sizes[keep, 0],
+        sizes[keep, 1],
+        hashes,
+        report,
+        limits.max_broken_share,
+        limits.masks,
+        text_hashes=texts,
+    )

@@ -91,4 +91,7 @@ def with_regularization(
         index.max_broken_share,
         index.masks or other.masks,
         Regularization(len(index), exact, float(weight)),
+        None
+        if index.text_hashes is None or other.text_hashes is None
+        else np.concatenate([index.text_hashes, other.text_hashes]),
     )

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class SampleIndex:
     """The usable samples: sizes after EXIF rotation, and a source that reads each of them at random.
 
     Shapes: widths, heights (N,) int32; content_hashes (N,) uint64, of the picture (and the mask, where masks are asked
-        for), whatever its file is called.
+        for), whatever its file is called; text_hashes (N,) uint64, of the file or text that holds the caption.
     """
 
     source: Source
@@ -94,6 +94,7 @@ class SampleIndex:
     max_broken_share: float = 0.1
     masks: bool = False
     regularization: Regularization | None = None
+    text_hashes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -122,6 +123,25 @@ class SampleIndex:
         if self.regularization is None:
             return np.ones(len(indices), np.float32)
         return np.where(indices < self.regularization.first, 1, self.regularization.weight).astype(np.float32)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tells these samples from others, wherever they lie: plain values, for a checkpoint's record.
+
+        `samples`, their number; `pictures`, a hash of their contents in any order; `order`, of their contents in
+        order; `all`, of captions and masks as well; `some`, key -> content of eight of them, evenly spread.
+        """
+        digests = {name: hashlib.blake2b(digest_size=16) for name in ("pictures", "order", "all")}
+        digests["pictures"].update(np.sort(self.content_hashes).astype("<u8").tobytes())
+        digests["order"].update(self.content_hashes.astype("<u8").tobytes())
+        for part in (self.content_hashes, self.text_hashes if self.text_hashes is not None else np.zeros(0)):
+            digests["all"].update(part.astype("<u8").tobytes())
+        some = np.unique(np.linspace(0, len(self) - 1, 8).round().astype(int)).tolist()
+        return {
+            "samples": len(self),
+            **{name: digest.hexdigest() for name, digest in digests.items()},
+            "some": {self.key(number): f"{int(self.content_hashes[number]):016x}" for number in some},
+        }
 
     @property
     def fingerprint(self) -> str:

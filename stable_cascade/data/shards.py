@@ -15,7 +15,7 @@ from .image_headers import plain_size
 from .images import IMAGE_EXTENSIONS, image_size
 from .locations import open_shard
 from .retries import ShardFailure
-from .samples import HEAD_BYTES, TAIL_BYTES, content_hash_of_parts
+from .samples import HEAD_BYTES, TAIL_BYTES, content_hash, content_hash_of_parts
 from .tars import Span, tar_members
 
 MEMBERS = ("image", "txt", "json", "mask")
@@ -63,8 +63,8 @@ class ShardTable:
     """What is in one shard. Row i is one sample; a span is (offset, size) in the tar, (-1, -1) without that member.
 
     Shapes: spans (N, 4, 2) int64 in the order of MEMBERS; sizes (N, 2) int32 width and height, (0, 0) when the picture
-        or its JSON is unreadable; hashes (N, 2) uint64 of the contents of picture and mask (0: none); captioned (N,)
-        bool; `fields` holds the JSON values that filters need.
+        or its JSON is unreadable; hashes (N, 3) uint64 of the contents of picture, mask and caption member (0:
+        none); captioned (N,) bool; `fields` holds the JSON values that filters need.
     """
 
     keys: StringColumn
@@ -84,7 +84,7 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
     """
     want_json = bool(fields) or captions.member == "json"
     with open_shard(location) as file:
-        samples = _samples(file, location, want_json)
+        samples = _samples(file, location, want_json, captions.member)
     groups = {key: sample for key, sample in samples.items() if "image" in sample.spans}
     if not groups:
         kinds = sorted({extension for sample in samples.values() for extension in sample.spans})
@@ -97,7 +97,7 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
         keys=StringColumn.of(groups),
         spans=np.array(spans, np.int64),
         sizes=np.array([(0, 0) if sample.damaged else sample.size for sample in groups.values()], np.int32),
-        hashes=np.array([(sample.hash, sample.mask_hash) for sample in groups.values()], np.uint64),
+        hashes=np.array([(sample.hash, sample.mask_hash, sample.text_hash) for sample in groups.values()], np.uint64),
         captioned=np.array([sample.has_caption(captions) for sample in groups.values()], bool),
         fields=StringColumn.of(sample.values(fields) for sample in groups.values()),
     )
@@ -113,6 +113,7 @@ class _Sample:
     size: tuple[int, int] = (0, 0)
     hash: int = 0
     mask_hash: int = 0
+    text_hash: int = 0
     content: dict[str, Any] | None = None
     damaged: bool = False
 
@@ -130,8 +131,8 @@ class _Sample:
         return json.dumps(found) if found else ""
 
 
-def _samples(file: BinaryIO, location: str, want_json: bool) -> dict[str, _Sample]:
-    """Every sample by its key. Headers and JSON are read on the way, so that a remote shard is passed once."""
+def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str) -> dict[str, _Sample]:
+    """Every sample by its key. Headers and texts are read on the way, so that a remote shard is passed once."""
     samples: dict[str, _Sample] = {}
     for name, span in tar_members(file, location):
         key, extension = _split(name)
@@ -149,6 +150,8 @@ def _samples(file: BinaryIO, location: str, want_json: bool) -> dict[str, _Sampl
             sample.spans[extension] = span
             if extension == "json" and want_json:
                 _read_json(file, span, sample)
+            if extension == caption_member:
+                sample.text_hash = content_hash(_read(file, span))
             continue
         if rank == sample.rank:
             raise ValueError(

@@ -8,10 +8,10 @@ from .adapters import add_config_lora, add_config_text_lora, learned_tokens, lea
 from .cache import Cache, fill_cache
 from .clip import clip_source, image_embedder, text_encoder, text_encoder_on_meta
 from .control import control_filter, control_images, controlnet, controlnet_on_meta, export_controlnet
-from .data import batches, samples
+from .data import batches, content, samples
 from .fingerprints import remembered
 from .inputs import Inputs, frozen_text, shown
-from .launch import launch
+from .launch import data_entry, launch
 from .networks import (
     NETWORKS,
     SCRATCH,
@@ -30,9 +30,9 @@ from .weights import Weighting, loss_weight
 
 __all__ = [
     "NETWORKS", "SCRATCH", "Cache", "Inputs", "Weighting", "add_config_lora", "add_config_text_lora", "batches",
-    "cascade_folder", "clip_source", "control_filter", "control_images", "controlnet", "controlnet_on_meta",
-    "export_controlnet", "fill_cache", "frozen", "frozen_base", "frozen_text", "image_embedder", "launch",
-    "learned_tokens", "learning_rate", "loss_weight", "network", "network_on_meta", "on_demand",
-    "preview_networks", "prior_inputs", "prior_loss_fn", "quantization_entry", "remembered", "samples", "shown",
-    "source", "source_key", "text_encoder", "text_encoder_on_meta", "trainable_text",
+    "cascade_folder", "clip_source", "content", "control_filter", "control_images", "controlnet",
+    "controlnet_on_meta", "data_entry", "export_controlnet", "fill_cache", "frozen", "frozen_base", "frozen_text",
+    "image_embedder", "launch", "learned_tokens", "learning_rate", "loss_weight", "network", "network_on_meta",
+    "on_demand", "preview_networks", "prior_inputs", "prior_loss_fn", "quantization_entry", "remembered",
+    "samples", "shown", "source", "source_key", "text_encoder", "text_encoder_on_meta", "trainable_text",
 ]  # fmt: skip

@@ -42,6 +42,11 @@ def samples(config: Any) -> SampleIndex | SampleStream:
     return with_regularization(index, others, share=config.regularization_share, weight=config.prior_loss_weight)
 
 
+def content(index: SampleIndex | SampleStream) -> dict[str, Any] | None:
+    """What a checkpoint remembers of the samples; None of a stream, which nobody knows before it was read."""
+    return index.content if isinstance(index, SampleIndex) else None
+
+
 def batches(
     config: Any,
     index: SampleIndex | SampleStream,

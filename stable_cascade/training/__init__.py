@@ -16,7 +16,7 @@ _HOMES = {
     "make_accelerator": "tracking",
     "check_launch": "tracking",
     "picture_folder": "tracking",
-    "run_folder": "checkpoints",
+    "run_folder": "run_folder",
     "preview_sheet": "sheets",
     "seeded": "randomness",
 }

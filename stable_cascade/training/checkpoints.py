@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_cascade import bounds
 from stable_cascade.config import TrainingSettings
+from stable_cascade.disk import local_path, read_file
 from stable_cascade.redaction import redacted
-from stable_cascade.training.folders import checked, remove_folder, write_folder
+from stable_cascade.training.folders import checked, write_folder
+from stable_cascade.training.run_folder import RECORD, resumable, run_folder, step_of
+from stable_cascade.wording import brief, quoted
 
 FREE_KEYS = frozenset({
     "experiment_id", "checkpoint_path", "output_path", "resume", "save_every", "backup_every", "log_every", "check",
@@ -34,6 +38,8 @@ FREE_KEYS = frozenset({
 })  # fmt: skip
 """Keys that may change between a run and its resumption, because no weight depends on them."""
 
+DATA_PATHS = frozenset({"webdataset_path", "regularization_path"})
+"""Keys that may change as well where the pictures themselves are known to be the same."""
 
 PARTS = "parts"
 """The folder in a sharded run's checkpoint that all processes write to."""
@@ -50,11 +56,11 @@ class RunContents:
     stateful: dict[str, Any]
     ema: dict[str, Tensor] | None = None
     tracker_run: str = ""
+    data: Mapping[str, Any] | None = None
 
 
-def run_folder(config: TrainingSettings) -> Path:
-    """The folder of the run's checkpoints."""
-    return Path(config.checkpoint_path) / config.experiment_id
+class DamagedError(ValueError):
+    """A checkpoint is not what was written."""
 
 
 def write_checkpoint(
@@ -97,73 +103,53 @@ def keep_backup(checkpoint: Path) -> Path:
     return backup
 
 
-def rotate(run: Path, limit: int | None) -> None:
-    """Delete all but the newest `limit` checkpoints of a run; backups stay."""
-    steps = sorted(path for path in run.glob("step-*") if path.is_dir())  # previews may lie in the same folder
-    for folder in steps[: max(0, len(steps) - limit)] if limit else []:
-        remove_folder(folder)
-
-
-def sweep(run: Path) -> None:
-    """Delete what interrupted writes left behind."""
-    for folder in run.glob(".tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def set_aside(run: Path) -> Path | None:
-    """Move a run's old checkpoints to `before-1`, `before-2`, …, so that a new run cannot be confused with them."""
-    old = [*run.glob("step-*"), *run.glob("backup-*"), *run.glob("final")]
-    if not old:
-        return None
-    number = 1 + max([int(f.name.split("-")[1]) for f in run.glob("before-*") if f.name[7:].isdigit()], default=0)
-    aside = run / f"before-{number}"
-    aside.mkdir()
-    for folder in old:
-        os.replace(folder, aside / folder.name)
-    return aside
-
-
-def find_checkpoint(config: TrainingSettings) -> Path | None:
-    """The checkpoint that `resume` means, or None for a new run.
+def find_checkpoints(config: TrainingSettings) -> list[Path]:
+    """The checkpoints that `resume` means, the first to be taken if it is undamaged; none for a new run.
 
     Raises:
         ValueError: `resume` names a path without a checkpoint.
     """
     if config.resume == "never":
-        return None
-    if config.resume == "latest":
-        return _newest(run_folder(config))
-    named = Path(config.resume)
-    found = named if (named / "run.json").is_file() else _newest(named)
-    if found is None:
-        newest = _newest(run_folder(config))
+        return []
+    newest = resumable(run_folder(config))
+    if config.resume in ("latest", "latest_intact"):
+        return newest if config.resume == "latest_intact" else newest[:1]
+    named = local_path(config.resume)
+    found = [named] if (named / RECORD).is_file() else resumable(named)[:1]
+    if not found:
         raise ValueError(
-            f"resume '{config.resume}' is no checkpoint and holds none; give latest, never or a folder step-…"
-            + (f"; nearest: '{newest}'" if newest else "")
+            f"resume '{config.resume}' is no checkpoint and holds none; give latest, latest_intact, never or a folder "
+            "step-…" + (f"; nearest: '{newest[0]}'" if newest else "")
         )
     return found
 
 
-def read_checkpoint(folder: Path, config: TrainingSettings, share: tuple[int, int] = (0, 1)) -> RunContents:
-    """The contents of a checkpoint, if it is undamaged and was written with the same settings.
+def read_checkpoint(
+    folder: Path,
+    config: TrainingSettings,
+    share: tuple[int, int] = (0, 1),
+    data: Mapping[str, Any] | None = None,
+) -> RunContents:
+    """The contents of a checkpoint, if it is undamaged and was written with the same settings and data.
 
     Args:
         share: number of this process and of all: of the files in `parts/` each process checks its share.
+        data: what `RunContents.data` would be now.
 
     Raises:
-        ValueError: a file is missing or damaged, or keys that the weights depend on have other values.
+        DamagedError: a file is missing or damaged.
+        ValueError: keys that the weights depend on have other values, or the pictures are others.
     """
     record = _read_record(folder)
-    _refuse_other_settings(folder, record["settings"], config)
+    known = _refuse_other_data(folder, record.get("data"), data)
+    _refuse_other_settings(folder, record["settings"], config, DATA_PATHS if known else frozenset())
     parts = sorted(name for name in record["files"] if name.startswith(f"{PARTS}/"))
     for name, (size, check) in record["files"].items():
         if name in parts and parts.index(name) % share[1] != share[0]:
             continue
         path = folder / name
         if not path.is_file() or path.stat().st_size != size or checked(path) != [size, check]:
-            raise ValueError(
-                f"checkpoint file {path} is missing or damaged; delete {folder} to resume from the one before it"
-            )
+            raise DamagedError(f"checkpoint file {path} is missing or damaged; {_instead(folder)}")
     from safetensors.torch import load_file
 
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -175,6 +161,7 @@ def read_checkpoint(folder: Path, config: TrainingSettings, share: tuple[int, in
         optimizer=saved,
         stateful=torch.load(folder / "stateful.pt", map_location="cpu", weights_only=True),
         ema=load_file(folder / "ema.safetensors") if "ema.safetensors" in record["files"] else None,
+        data=record.get("data"),
     )
 
 
@@ -199,26 +186,92 @@ def _write_files(
         "samples_seen": contents.samples_seen,
         "tracker_run": contents.tracker_run,
         "settings": settings,
+        "data": contents.data,
         "files": checksums | {path.name: checked(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
-    (folder / "run.json").write_text(json.dumps(record, indent=1))
+    (folder / RECORD).write_text(json.dumps({**record, "check": _check(record)}, indent=1))
+
+
+def _check(record: Mapping[str, Any]) -> int:
+    """CRC-32 of a record's content, whatever its layout in the file."""
+    content = {key: value for key, value in record.items() if key != "check"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """The `run.json` of a checkpoint."""
+    """The `run.json` of a checkpoint.
+
+    Raises:
+        DamagedError: it is not as it was written.
+        ValueError: another version wrote it.
+    """
+    damaged = DamagedError(f"checkpoint {folder} has a damaged or incomplete {RECORD}; {_instead(folder)}")
     try:
-        record = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder} has no readable run.json; delete it and resume again") from error
+        record = json.loads(read_file(folder / RECORD, at_most=bounds.RUN_RECORD, what="checkpoint record"))
+    except (ValueError, RecursionError) as error:
+        raise damaged from error
+    if not isinstance(record, dict):
+        raise damaged
     if record.get("format") != 1:
-        raise ValueError(f"checkpoint {folder} has format {record.get('format')}; this version reads format 1")
+        raise ValueError(f"checkpoint {folder} has format {brief(record.get('format'))}; this version reads format 1")
+    # Records of earlier versions have no check, but always these.
+    step, files, settings = record.get("step"), record.get("files"), record.get("settings")
+    whole = (
+        record.get("check", _check(record)) == _check(record)
+        and type(step) is int
+        and step_of(folder) in (None, step)
+        and type(record.get("samples_seen")) is int
+        and isinstance(record.get("tracker_run"), str)
+        and isinstance(settings, dict)
+        and isinstance(files, dict)
+        and {"optimizer.pt", "stateful.pt"} <= files.keys()
+        and ("weights.safetensors" in files or any(name.startswith(f"{PARTS}/") for name in files))
+        and all(isinstance(entry, list) and len(entry) == 2 for entry in files.values())
+        and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+    )
+    if not whole:
+        raise damaged
     return record
 
 
-def _refuse_other_settings(folder: Path, saved: dict[str, Any], config: TrainingSettings) -> None:
+def _instead(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    return f"set resume: latest_intact, or delete {folder}, to go on from the one before it"
+
+
+def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> bool:
+    """Whether both sets of pictures are known, and so the same; where they are is then of no importance.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not saved or not current:
+        return False
+    if all(saved[part] == current[part] for part in ("samples", "all")):
+        return True
+    if saved["samples"] != current["samples"]:
+        told = f"{saved['samples']:,} samples then, {current['samples']:,} now"
+    elif saved["pictures"] != current["pictures"]:
+        told = "other pictures among them"
+    elif saved["order"] != current["order"]:
+        told = "the same pictures in another order; name the shards as before"
+    else:
+        told = "other captions or masks"
+    gone = sorted(set(saved["some"].values()) - set(current["some"].values()))
+    named = [key for key, content in saved["some"].items() if content in gone][:3]
+    example = f" (not found again: {', '.join(map(quoted, named))})" if named and "order" not in told else ""
+    raise ValueError(
+        f"resume from {folder}: it was trained on other data: {told}{example}; give the same data, or start anew from "
+        f"the trained model in {folder / 'export'} with another experiment_id, or set resume: never"
+    )
+
+
+def _refuse_other_settings(
+    folder: Path, saved: dict[str, Any], config: TrainingSettings, more_free: frozenset[str]
+) -> None:
     """An error when a key that the weights depend on differs between the checkpoint and the config."""
     saved, current = redacted(saved), redacted(json.loads(json.dumps(asdict(config))))
-    free = set(FREE_KEYS)
+    free = set(FREE_KEYS | more_free)
     if config.lr_scheduler in ("constant", "inverse_sqrt"):
         free.add("updates")  # the other schedules stretch with the length of the run
     defaults = {field.name: field.default for field in fields(config)}
@@ -237,18 +290,6 @@ def _refuse_other_settings(folder: Path, saved: dict[str, Any], config: Training
         f"resume from {folder}: {told}; set {'them' if len(other) > 1 else 'it'} back, or start anew with another "
         "experiment_id or resume: never"
     )
-
-
-def _newest(run: Path) -> Path | None:
-    """The checkpoint or backup with the highest step in a run's folder."""
-    found = [(int(name[2]), name[1] == "step", name[0]) for name in map(_numbered, run.glob("*-*")) if name]
-    whole = [entry for entry in found if (run / entry[2] / "run.json").is_file()]
-    return run / max(whole)[2] if whole else None
-
-
-def _numbered(folder: Path) -> re.Match[str] | None:
-    """The match of a checkpoint folder's name: group 1 its kind, group 2 its step."""
-    return re.fullmatch(r"(step|backup)-(\d+)", folder.name)
 
 
 def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,10 +36,10 @@ def own_part(parameter: Tensor) -> Tensor:
 
 
 class MovingAverage:
-    """Float32 averages of the parameters that train, updated every `every` steps from step `start` on.
+    """Float32 averages of the parameters that train, updated every `every` steps after step `start`.
 
-    Before `start` the average is a copy of the weights, taken at the same steps. Of a sharded model every process
-    averages its own part.
+    Up to `start`, that step included, the average is a copy of the weights, taken at the same steps. Of a sharded
+    model every process averages its own part.
     """
 
     def __init__(self, model: nn.Module, *, beta: float, start: int = 0, every: int = 1, offload: bool = False):
@@ -61,7 +61,7 @@ class MovingAverage:
         """Take the weights after `step` updates into account."""
         if step % self.every:
             return
-        beta = self.beta if step >= self.start else 0.0
+        beta = self.beta if step > self.start else 0.0
         parameters = trainable(model)
         if self.offload:  # one at a time, so that no second copy of them all is needed
             for name, weight in self.weights.items():

@@ -15,12 +15,20 @@ class DiskFullError(ValueError):
     """A checkpoint could not be written for want of space; the earlier ones are whole, and nothing is left of it."""
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], *, begun: Path | None = None, needs: int = 0) -> None:
+def write_folder(
+    target: Path,
+    fill: Callable[[Path], None],
+    *,
+    begun: Path | None = None,
+    needs: int = 0,
+    keep_others: bool = False,
+) -> None:
     """Make the folder `target` with what `fill` writes, replacing one that is there, in one step.
 
     Args:
         begun: the folder of `begin_folder`, where something is in it already.
         needs: about how many bytes it takes, for the message when there are too few.
+        keep_others: files and folders in the replaced one that `fill` does not write stay in it.
 
     Raises:
         DiskFullError: there is no space for it.
@@ -29,6 +37,10 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, begun: Path | No
     with cleared_if_full(temporary, target, needs):
         fill(temporary)
         _sync(temporary)
+    if keep_others and target.is_dir():
+        for other in target.iterdir():
+            if not (temporary / other.name).exists():
+                os.replace(other, temporary / other.name)
     if target.exists():
         remove_folder(target)
     os.replace(temporary, target)

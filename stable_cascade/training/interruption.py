@@ -1,4 +1,4 @@
-"""What ends a run early: SIGTERM and Ctrl-C as a wish to stop, and the error of one process as the end of all."""
+"""What ends a run early: SIGTERM, SIGHUP and Ctrl-C as a wish to stop, and one process's error as the end of all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 
 
 class StopRequest:
-    """Inside its `with` block SIGTERM and SIGINT set `wanted`; a second one has its usual effect."""
+    """Inside its `with` block SIGTERM, SIGINT and SIGHUP set `wanted`; a second one has its usual effect.
 
-    signals = (signal.SIGTERM, signal.SIGINT)
+    SIGHUP is what a closed terminal sends; where it is ignored, as under `nohup`, it stays so.
+    """
+
+    signals = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.wanted = False
@@ -21,7 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._usual = {number: signal.signal(number, self._note) for number in self.signals}
+            wanted = [number for number in self.signals if signal.getsignal(number) is not signal.SIG_IGN]
+            self._usual = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(

@@ -23,6 +23,7 @@ from stable_cascade.training.optimizers import set_learning_rate
 from stable_cascade.training.processes import told
 from stable_cascade.training.randomness import seeded
 from stable_cascade.training.run import Figures, PreviewFunction, Run, SaveFunction, TrainResult
+from stable_cascade.training.run_folder import held
 from stable_cascade.transfer import to_host
 
 LossFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -44,6 +45,7 @@ def train(
     stateful: Mapping[str, Any] | None = None,
     after_step: Callable[[Tensor, Tensor], None] | None = None,
     learning_rate: Callable[[str], float] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients until `config.updates` steps are done, or a signal comes.
 
@@ -58,15 +60,18 @@ def train(
         after_step: (log_snr, unweighted) of the whole global batch in sample order, after the step's update.
         learning_rate: name of a parameter -> its learning rate after the warm-up, instead of `config.lr` for all; the
             course over the steps is the same for every rate.
+        data: what tells the samples from others (`SampleIndex.content`); a resumed run must have the same.
 
     Raises:
-        ValueError: nothing trains, or launch, config and checkpoint do not fit together.
+        ValueError: nothing trains, launch, config, data and checkpoint do not fit together, or another training
+            holds the run's folder.
         NonFiniteError: the loss or gradient of a step is not finite.
         ProcessFailedError: another process of the launch failed.
         DiskFullError: there is no space for a checkpoint.
     """
-    run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn, learning_rate)
-    with SharedFailure(accelerator), told_if_full(run.pictures):
+    run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn, learning_rate, data)
+    alone = held(run.folder) if accelerator.is_main_process else contextlib.nullcontext()
+    with SharedFailure(accelerator), told_if_full(run.pictures), alone:
         run.restore()
         if run.step >= config.updates:
             accelerator.print(f"{config.experiment_id}: all {config.updates} steps are done already")

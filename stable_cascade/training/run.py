@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import as_written, compile_blocks
 from stable_cascade.config import TrainingSettings
-from stable_cascade.training import checkpoints, sharding, tracking
+from stable_cascade.training import checkpoints, run_folder, sharding, tracking
 from stable_cascade.training.ema import MovingAverage, averaged, trainable
 from stable_cascade.training.float8 import prepare_float8
 from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
@@ -83,6 +83,7 @@ class Run:
         save_fn: SaveFunction,
         preview_fn: PreviewFunction,
         learning_rate: Callable[[str], float] | None = None,
+        data: Mapping[str, Any] | None = None,
     ):
         tracking.check_launch(config, accelerator)
         if not trainable(model):
@@ -90,7 +91,7 @@ class Run:
         if accelerator.device.type == "cpu":
             torch.set_flush_denormal(True)  # denormal numbers cost tens of times the time of ordinary ones
         self.config, self.accelerator, self.stateful = config, accelerator, stateful
-        self.save_fn, self.preview_fn = save_fn, preview_fn
+        self.save_fn, self.preview_fn, self.data = save_fn, preview_fn, data
         model.train()
         self.network = model
         self.sharded = sharding.is_sharded(accelerator)
@@ -121,20 +122,26 @@ class Run:
         self.window: list[Tensor] = []
         self.noise_levels = LossByNoiseLevel()
         self.pictures = tracking.picture_folder(config)
-        self.folder = checkpoints.run_folder(config)
+        self.folder = run_folder.run_folder(config)
 
     def restore(self) -> None:
         """Take up the checkpoint that the config means, if there is one."""
-        found = None
+        found: list[Path] = []
         if self.accelerator.is_main_process:
             if self.folder.exists():
-                checkpoints.sweep(self.folder)
-            if self.config.resume == "never" and (aside := checkpoints.set_aside(self.folder)):
+                run_folder.sweep(self.folder)
+            if self.config.resume == "never" and (aside := run_folder.set_aside(self.folder)):
                 self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
-            found = checkpoints.find_checkpoint(self.config)
+            found = checkpoints.find_checkpoints(self.config)
         found = shared(self.accelerator, found)
-        if found is not None:
-            self._load(found)
+        for folder in found:
+            try:
+                self._load(folder)
+                break
+            except checkpoints.DamagedError as error:
+                if folder == found[-1]:
+                    raise
+                self.accelerator.print(f"passed over: {error}")
         self.progress = tracking.Progress(self.config, self.step, shown=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             self.log_file = tracking.LogFile(self.pictures, self.step)
@@ -168,12 +175,11 @@ class Run:
         accelerator, error = self.accelerator, None
         share = (accelerator.process_index, accelerator.num_processes)
         try:
-            contents = checkpoints.read_checkpoint(folder, self.config, share)
+            contents = checkpoints.read_checkpoint(folder, self.config, share, self.data)
         except ValueError as found:
-            error = str(found)
-        for message in told(accelerator, error):
-            if message:
-                raise ValueError(message)
+            error = (str(found), isinstance(found, checkpoints.DamagedError))
+        for message, damaged in filter(None, told(accelerator, error)):
+            raise checkpoints.DamagedError(message) if damaged else ValueError(message)
         return contents
 
     def _parts(self) -> sharding.Parts:
@@ -238,14 +244,14 @@ class Run:
 
     def save(self, whole: Whole) -> None:
         """Write the checkpoint of this step, back it up when due, delete the oldest."""
-        target = self.folder / f"step-{self.step:08d}"
+        target = run_folder.step_folder(self.folder, self.step)
         begun, checksums = self._write_parts(target) if self.sharded else (None, None)
         if self.accelerator.is_main_process:
             contents, export = self._contents(), functools.partial(self._export, whole)
             checkpoints.write_checkpoint(target, contents, self.config, export, begun=begun, checksums=checksums)
             if self.backup_due:
                 checkpoints.keep_backup(target)
-            checkpoints.rotate(self.folder, self.config.checkpoints_total_limit)
+            run_folder.rotate(self.folder, self.config.checkpoints_total_limit, target)
         self.checkpoint = target
         self.accelerator.wait_for_everyone()
 
@@ -263,6 +269,7 @@ class Run:
             },
             stateful={name: thing.state_dict() for name, thing in self.stateful.items()},
             ema=self.ema.state_dict() if self.ema is not None and not sharded else None,
+            data=self.data,
         )
 
     def _write_parts(self, target: Path) -> tuple[Path, dict[str, list[int]]]:
@@ -293,7 +300,7 @@ class Run:
         """Write the final export, and say how the run ended."""
         final, whole = self.folder / "final", self.gather()
         if self.accelerator.is_main_process:
-            write_folder(final, functools.partial(self._export, whole))
+            write_folder(final, functools.partial(self._export, whole), keep_others=True)
             if self.config.push_to_hub:
                 self.accelerator.print(publish_run(self.config, final))
         self.accelerator.wait_for_everyone()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -21,6 +23,8 @@ from stable_cascade.training.publishing import check_upload
 from stable_cascade.training.sharding import is_sharded
 from stable_cascade.training.sheets import sheet_pictures
 
+log = logging.getLogger(__name__)
+
 LAUNCH_SHARDED = "launch with `accelerate launch --config_file accelerate_configs/fsdp.yaml`"
 
 
@@ -31,9 +35,33 @@ def make_accelerator(config: TrainingSettings, **options: Any) -> Any:
     """
     from accelerate import Accelerator
 
-    trackers = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "all": ["wandb", "tensorboard"]}
-    names = trackers.get(config.tracker or "none", [])
-    return Accelerator(log_with=names or None, project_dir=str(picture_folder(config)), **options)
+    names = trackers_of(config)
+    try:
+        return Accelerator(log_with=names or None, project_dir=str(picture_folder(config)), **options)
+    except RuntimeError as error:
+        if "no available devices" not in str(error):
+            raise
+        raise ValueError(
+            "the accelerate config asks for FSDP, which needs an accelerator such as a CUDA device, and this machine "
+            "shows none; launch accelerate_configs/cpu.yaml or cpu_2proc.yaml here"
+        ) from None
+
+
+def trackers_of(config: TrainingSettings) -> list[str]:
+    """The trackers that the config names, as accelerate calls them.
+
+    Raises:
+        ValueError: the package of one is not installed.
+    """
+    every = ["wandb", "tensorboard"]
+    names = {"wandb": every[:1], "tensorboard": every[1:], "all": every}.get(config.tracker or "none", [])
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"tracker: {config.tracker} needs the package {name}, which is not installed: pip install {name}, or "
+                "set tracker: null"
+            )
+    return names
 
 
 def picture_folder(config: TrainingSettings) -> Path:
@@ -55,10 +83,12 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
             "files; on the CPU set ACCELERATE_USE_CPU=true before `accelerate launch`, elsewhere launch one process "
             "or mend distributed_type in the accelerate config"
         )
-    if getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
+    # accelerate runs plain processes where the launch asks for DeepSpeed and for the CPU.
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
+    if asked or getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
         raise ValueError(
-            "accelerate runs DeepSpeed, whose engine takes the steps itself, so that neither a bad step could be held "
-            "back nor a run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights as well"
+            "accelerate was asked for DeepSpeed, whose engine takes the steps itself, so that no bad step could be held "
+            "back and no run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights as well"
         )
     sharded = is_sharded(accelerator)
     if config.use_fsdp and not sharded:
@@ -182,15 +212,30 @@ def flat(figures: Mapping[str, Any]) -> dict[str, float]:
     return plain | {f"{MEANS}/{middle}": loss for middle, loss in figures.get(MEANS, {}).items()}
 
 
+def step_in(line: str) -> int | None:
+    """The step of a line of figures; None when it is not a whole one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 class LogFile:
     """`log.jsonl`: one line of figures per `log_every` steps; a resumed run replaces the lines it repeats."""
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        figures = [(line, step_in(line)) for line in lines]
+        torn = [number for number, (_, found) in enumerate(figures, 1) if found is None]
+        if torn:  # a crash leaves a torn last line
+            log.warning("%s: line %s holds no figures and is left out", self.path, ", ".join(map(str, torn[:5])))
+        kept = [line for line, found in figures if found is not None and found <= step]
+        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """Append one line."""
