@@ -11,7 +11,29 @@ IMAGE_PIXELS = 64_000_000
 """Pixels of an image that are decoded, after a JPEG was shrunk while decoding; a photograph has 12 to 60 million."""
 IMAGE_FILE = 256 * MIB
 """Bytes of an image file."""
+LONGEST_SHAPE = 20
+"""How many times longer than the other one side of an image may be: to cover a square, it grows that many times."""
 JSON_FILE = 8 * MIB
 """Bytes of a JSON file or of a header's entry; those of the released models have some thousand."""
 RUN_RECORD = 64 * MIB
 """Bytes of a checkpoint's run.json; a sharded run lists each file of each process."""
+CAPTION_FILE = 64 * 2**10
+"""Bytes of a caption; a text encoder reads some hundred."""
+METADATA_FILE = 256 * MIB
+"""Bytes of a metadata.csv or metadata.jsonl, which has a line for each picture of a folder."""
+TAR_HEADER = MIB
+"""Bytes of a long name or of a pax header in a tar."""
+MEMBER_END = 2**62
+"""Where a tar's member may end; beyond it no file system has bytes."""
+
+
+def check_shape(width: int, height: int) -> None:
+    """Passes when an image of this size can be resized to cover another without growing beyond reason.
+
+    Raises:
+        ValueError: one side is more than `LONGEST_SHAPE` times the other.
+    """
+    if max(width, height) > LONGEST_SHAPE * min(width, height):
+        raise ValueError(
+            f"its size is {width:,} x {height:,}; one side may be at most {LONGEST_SHAPE} times the other: crop it"
+        )

@@ -5,6 +5,7 @@ Imports of the package only `wording`, so that every layer may use it.
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from pathlib import Path
@@ -71,3 +72,29 @@ def read_file(path: str | os.PathLike[str], *, at_most: int, what: str = "file")
     if len(data) > at_most:
         raise ValueError(f"{what} {quoted(path)} grew beyond {at_most:,} bytes while it was read")
     return data
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file: UTF-8, with or without a byte-order mark, or UTF-16 with one.
+
+    Raises:
+        ValueError: it is neither. No other encoding is guessed: each would give some text for any bytes.
+    """
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        return data.decode("utf-16" if data.startswith(marks) else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("is neither UTF-8 nor UTF-16 text; save it as UTF-8") from None
+
+
+def read_text(path: str | os.PathLike[str], *, at_most: int, what: str = "file") -> str:
+    """The text of a regular file of at most `at_most` bytes, by `decode_text`.
+
+    Raises:
+        ValueError: as `read_file` and `decode_text`, with the file's name.
+    """
+    data = read_file(path, at_most=at_most, what=what)
+    try:
+        return decode_text(data)
+    except ValueError as error:
+        raise ValueError(f"{what} {quoted(path)} {error}") from None

@@ -35,5 +35,10 @@ def quoted(value: Any, limit: int = LONGEST) -> str:
     return f"'{brief(value, limit)}'"
 
 
+def printable(text: str) -> str:
+    """The text with everything escaped that does not print or that steers a terminal; spaces stay as they are."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -149,7 +149,9 @@ def test_corrupt_pictures_of_every_kind(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         samples = index_samples(str(write_tar(tmp_path / "a.tar", members)), cache_dir=str(tmp_path / "cache"))
     assert samples.report.unreadable == 3
-    assert set(samples.report.unreadable_keys) == {"a.tar/header", "a.tar/empty", "a.tar/text"}
+    assert {told.split(":")[0] for told in samples.report.unreadable_keys} == {
+        f"a.tar/{n}" for n in ("header", "empty", "text")
+    }
     batches = list(islice(training_batches(samples, **SETTINGS), 31))
     assert {caption for batch in batches for caption in batch.captions} == {"fine"}
     assert sum(batch.broken for batch in batches) == 2 * 4, "two in each of four epochs"

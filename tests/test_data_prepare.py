@@ -127,7 +127,7 @@ def test_missing_captions(tmp_path, capsys):
         ({"a.txt": "x"}, "holds no pictures"),
         ({"a.png": b"x", "metadata.csv": "name,text\na.png,x\n"}, "row 1 has no file_name (name, text)"),
         ({"a.png": b"x", "metadata.csv": "file_name,text\nb.png,x\n"}, "names 1 pictures that do not exist"),
-        ({"a.png": b"x", "metadata.jsonl": "{\n"}, "line 1 is no JSON"),
+        ({"a.png": b"x", "metadata.jsonl": "{\n"}, "line 1 is no JSON object"),
         ({"a.png": b"x", "a.json": "[1]"}, "holds no JSON object"),
         ({"a.png": b"x", "a.txt": "x"}, "1 of 1 pictures are broken"),
     ],

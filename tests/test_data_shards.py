@@ -192,9 +192,9 @@ def test_unreadable_headers_are_left_out_and_reported(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         samples = indexed(path, tmp_path)
     assert len(samples) == 9
-    assert "1 unreadable (for example a.tar/0)" in caplog.text
+    assert "1 left out (for example a.tar/0: no readable picture: its bytes are of no kind" in caplog.text
     message = refused(path, tmp_path, max_broken_share=0.05)
-    assert "1 of 10 samples have no readable picture header (for example a.tar/0)" in message
+    assert "1 of 10 samples cannot be used, more than max_broken_share 0.05 (for example a.tar/0: no read" in message
     whole = write_tar(tmp_path / "b.tar", {"0.png": undecodable(), "0.txt": "x"})
     assert len(indexed(whole, tmp_path)) == 1, "the index reads headers only"
 

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stable_cascade import bounds
+from stable_cascade.disk import decode_text
+from stable_cascade.wording import brief
+
 from .expressions import Expression
 
 _KEY = "captions_getter"
@@ -34,8 +38,7 @@ class CaptionSource:
         Raises:
             ValueError: the content has none.
         """
-        content = json.loads(data) if self.member == "json" else data.decode("utf-8", errors="replace").strip()
-        return self.from_content(content)
+        return self.from_content(json_object(data) if self.member == "json" else text_of(data))
 
     def from_content(self, content: Any) -> str:
         """The caption in the decoded content (text, or a JSON object).
@@ -49,7 +52,57 @@ class CaptionSource:
             raise ValueError(f"{_KEY} {self.expression.text!r}: {type(error).__name__}: {error}") from None
         if not isinstance(caption, str):
             raise ValueError(f"{_KEY} {self.expression.text!r} gives {type(caption).__name__}, not a text")
+        check_caption(caption)
         return caption.strip()
+
+
+def text_of(data: bytes) -> str:
+    """The caption in a text file's bytes.
+
+    Raises:
+        ValueError: it is too long, or neither UTF-8 nor UTF-16.
+    """
+    if len(data) > bounds.CAPTION_FILE:
+        raise ValueError(_too_long(len(data)))
+    try:
+        return decode_text(data).strip()
+    except ValueError as error:
+        raise ValueError(f"its caption {error}") from None
+
+
+def check_caption(caption: str) -> None:
+    """Passes when a caption from JSON, a table or a data set can be told to a text encoder.
+
+    Raises:
+        ValueError: it is too long, or holds half a character.
+    """
+    if len(caption) > bounds.CAPTION_FILE:
+        raise ValueError(_too_long(len(caption)))
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        raise ValueError("its caption holds half a character (a lone surrogate); write it anew")
+
+
+def _too_long(length: int) -> str:
+    return f"its caption has {length:,} bytes; at most {bounds.CAPTION_FILE:,} are read"
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object in a JSON file's bytes.
+
+    Raises:
+        ValueError: it is too large, nested too deeply, no JSON, or no object.
+    """
+    if len(data) > bounds.JSON_FILE:
+        raise ValueError(f"its JSON has {len(data):,} bytes; at most {bounds.JSON_FILE:,} are read")
+    try:
+        content = json.loads(decode_text(data))
+    except RecursionError:
+        raise ValueError("its JSON nests its brackets too deeply to be read") from None
+    except ValueError as error:
+        raise ValueError(f"its JSON cannot be read: {brief(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"its member holds no JSON object, but a {type(content).__name__}")
+    return content
 
 
 def caption_source(captions_getter: str | Sequence[str] | None) -> CaptionSource:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .captions import check_caption
 from .columns import HubColumns
 from .filters import Filter, apply_filters
-from .images import image_size
+from .images import IMAGE_EXTENSIONS, image_size
 from .samples import (
     IndexReport,
     SampleIndex,
@@ -78,9 +79,9 @@ def index_dataset(
     if not len(sizes):
         raise ValueError(f"dataset_name {dataset_name!r} has no rows")
     keep = sizes[:, 0] > 0
-    broken = [source.key(int(index)) for index in np.flatnonzero(~keep)[:10]]
+    broken = [f"{source.key(int(index))}: {found[int(index)].fault}" for index in np.flatnonzero(~keep)[:10]]
     unreadable = int((~keep).sum())
-    check_unreadable(unreadable, len(sizes), broken, max_broken_share)
+    check_unreadable(unreadable, len(sizes), broken, max_broken_share, f"mend the column {columns.image!r}")
     rejected: dict[str, int] = {}
     if filters:
         keep[keep], rejected = _filtered(dataset, filters, sizes, keep)
@@ -114,16 +115,18 @@ class _Header(NamedTuple):
     size: tuple[int, int]
     captioned: bool
     hashes: tuple[int, int, int]
+    fault: str = ""
 
 
 def _header(row: Mapping[str, Any], columns: HubColumns) -> _Header:
     text = columns.text(row)
     captioned, text_hash = text is not None, content_hash((text or "").encode("utf-8", "surrogatepass"))
     try:
+        check_caption(text or "")
         data = columns.picture(row)
         size = image_size(data) or (0, 0)
-    except (ValueError, OSError):
-        return _Header((0, 0), captioned, (0, 0, 0))
+    except (ValueError, OSError) as error:
+        return _Header((0, 0), captioned, (0, 0, 0), str(error))
     mask = columns.mask_file(row)
     mask_hash = 0 if mask is None else content_hash(mask)
     return _Header(size, captioned, (content_hash(data), mask_hash, text_hash))
@@ -163,6 +166,7 @@ def short_name(dataset_name: str) -> str:
 def _open(dataset_name: str, *, streaming: bool) -> Any:
     import datasets
 
+    _refuse_pairs(dataset_name)
     saved = any(os.path.isfile(os.path.join(dataset_name, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         if saved:
@@ -183,6 +187,27 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
     return loaded.to_iterable_dataset() if saved and streaming else loaded
 
 
+def _refuse_pairs(dataset_name: str) -> None:
+    """Passes unless it is a folder of pictures with text files beside them, of which `datasets` reads one kind alone.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not os.path.isdir(dataset_name):
+        return
+    for folder, _, names in os.walk(dataset_name):
+        lower = {name.lower() for name in names}
+        if any(name.rsplit(".", 1)[0] == "metadata" for name in lower):
+            return
+        stems = {name.rsplit(".", 1)[0] for name in lower if name.endswith(".txt")}
+        pairs = [name for name in sorted(lower) if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
+        if any(name.rsplit(".", 1)[0] in stems for name in pairs):
+            raise ValueError(
+                f"dataset_name {dataset_name!r} is a folder of pictures with .txt files beside them, in {folder!r}; "
+                f"make shards of it with `stable-cascade prepare {dataset_name} OUT`, and set webdataset_path: OUT"
+            )
+
+
 def _check_columns(
     dataset_name: str, names: Sequence[str], columns: HubColumns, filters: Sequence[Filter]
 ) -> list[str]:
@@ -198,7 +223,7 @@ def _check_columns(
         wanted["caption_column"] = columns.caption
     for setting, name in wanted.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name, [other for other in names if other not in wanted.values()], n=1)
             hint = f"; nearest: {near[0]!r}" if near else ""
             raise ValueError(f"{setting} {name!r} is no column of {dataset_name!r} ({', '.join(names)}){hint}")
     filtered = [item.key for item in filters if item.key in names]

@@ -12,9 +12,10 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from stable_cascade import bounds
 from stable_cascade.wording import brief
 
 from .buckets import covering_size
@@ -22,12 +23,29 @@ from .buckets import covering_size
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 """Members with these extensions are pictures, in order of preference."""
 
-LARGEST_PICTURE = 64_000_000
-"""Pixels that are decoded, after a JPEG was shrunk; a small file can claim billions of them."""
+LARGEST_PICTURE = bounds.IMAGE_PIXELS
+
+_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP",
+)  # fmt: skip
+_UNREAD = {"heic": "HEIC", "heix": "HEIC", "hevc": "HEIC", "mif1": "HEIF", "msf1": "HEIF", "jxl ": "JPEG XL"}
 
 # Other kinds are not even tried: Pillow starts another program for EPS, for one.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _TURNED = (5, 6, 7, 8)
+
+
+def looks_like_picture(head: bytes) -> bool:
+    """Whether a file's first 32 bytes are those of a picture, whatever its name; also of kinds that are not read."""
+    if head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return True
+    return head[4:8] == b"ftyp" and head[8:12].decode("latin-1") in {*_UNREAD, "avif", "avis"}
+
+
+def _unread_kind(head: bytes) -> str:
+    """The remedy for a kind of picture that is not read."""
+    kind = _UNREAD.get(head[8:12].decode("latin-1")) if head[4:8] == b"ftyp" else None
+    return f"{kind} pictures are not read; convert it to JPEG or PNG" if kind else ""
 
 
 def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
@@ -45,9 +63,12 @@ def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
     except Exception as error:  # Pillow's plugins raise anything on damaged files
         if not whole:
             return None
-        raise ValueError(f"no readable picture: {brief(error)}") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # its text shows an object's address
+        told = "its bytes are of no kind that is read" if unknown else brief(error)
+        raise ValueError(_unread_kind(data) or f"no readable picture: {told}") from None
     if width < 1 or height < 1:
         raise ValueError(f"no readable picture: its size is {width} x {height}")
+    bounds.check_shape(width, height)
     return (height, width) if turned else (width, height)
 
 
@@ -112,7 +133,7 @@ def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Te
                 ImageOps.exif_transpose(image, in_place=True)  # copies nothing where nothing is turned
                 array = _to_rgb(image)
     except Exception as error:
-        raise ValueError(f"cannot decode: {type(error).__name__}: {brief(error)}") from None
+        raise ValueError(_unread_kind(data) or f"cannot decode: {type(error).__name__}: {brief(error)}") from None
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
@@ -123,6 +144,7 @@ def _formats() -> list[str]:
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
+    bounds.check_shape(*size)
     if size[0] * size[1] > LARGEST_PICTURE:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {LARGEST_PICTURE:,}; shrink the picture")
 

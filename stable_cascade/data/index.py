@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stable_cascade.redaction import bare_address
+from stable_cascade.wording import printable
 
 from .captions import CaptionSource, caption_source
 from .columns import HubColumns
@@ -55,7 +56,7 @@ class ShardSource:
 
     def key(self, index: int) -> str:
         """`shard.tar/0001`."""
-        return f"{self.names[self.shard_numbers[index]]}/{self.keys[index]}"
+        return printable(f"{self.names[self.shard_numbers[index]]}/{self.keys[index]}")
 
     def identity(self) -> bytes:
         """All names in their order."""
@@ -208,8 +209,9 @@ def _select(
     source = ShardSource(locations, numbers, tables, captions, ByteReader())
     sizes = np.concatenate([table.sizes for table in tables])
     readable = sizes[:, 0] > 0
-    broken = [source.key(int(index)) for index in np.flatnonzero(~readable)[:10]]
-    check_unreadable(int((~readable).sum()), len(sizes), broken, limits.max_broken_share)
+    faults = StringColumn.joined([table.faults for table in tables])
+    broken = [f"{source.key(int(n))}: {faults[int(n)]}" for n in np.flatnonzero(~readable)[:10]]
+    check_unreadable(int((~readable).sum()), len(sizes), broken, limits.max_broken_share, "make the shards again")
     keep = readable.copy()
     rejected: dict[str, int] = {}
     if filters:

@@ -37,6 +37,7 @@ def load_table(path: Path) -> ShardTable | None:
                 hashes=columns["hashes"],
                 captioned=columns["captioned"],
                 fields=StringColumn(columns["fields"], columns["field_ends"]),
+                faults=StringColumn(columns["faults"], columns["fault_ends"]),
             )
     except Exception:  # zipfile, zlib and numpy each have their own errors for a damaged file; all mean: scan again
         return None
@@ -59,6 +60,8 @@ def save_table(path: Path, table: ShardTable) -> None:
                 captioned=table.captioned,
                 fields=table.fields.data,
                 field_ends=table.fields.ends,
+                faults=table.faults.data,
+                fault_ends=table.faults.ends,
             )
         os.replace(temporary, path)
     except OSError:

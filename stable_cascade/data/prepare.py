@@ -6,18 +6,28 @@ import csv
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .images import IMAGE_EXTENSIONS, decode_image, decode_mask
+from stable_cascade import bounds
+from stable_cascade.disk import open_file, read_file, read_text
+from stable_cascade.wording import brief, quoted
+
+from .captions import check_caption, json_object, text_of
+from .images import IMAGE_EXTENSIONS, decode_mask, decode_stored, looks_like_picture
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "captions.csv")
 CAPTION_KEYS = ("text", "caption")
 """Where a caption is looked for in JSON and metadata when there is no .txt file."""
 
+_TRIED_AT = (1024, 1024)
+"""The (height, width) at which a picture is tried; a large JPEG is shrunk while it is decoded, as in a training."""
+_SHARD = re.compile(r"\d{5,}\.tar")
+_NO_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".tar", ".md", ".yaml", ".safetensors")
 _MASK = ".mask"
 _FILE_KEYS = ("file_name", "filename", "file")
 
@@ -53,6 +63,7 @@ class _Picture:
     caption: str | None
     extra: Mapping[str, Any]
     mask: Path | None = None
+    fault: str = ""
 
 
 def prepare_shards(
@@ -106,7 +117,9 @@ def _find(root: Path, target: Path) -> list[_Picture]:
     rows = _metadata(root)
     pictures: list[_Picture] = []
     keys: set[str] = set()
-    found = [path for path in _files(root, target) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+    files = list(_files(root, target))
+    beside = {(path.parent, path.name.lower()): path for path in files}
+    found = [path for path in files if _is_picture(path, beside, path.relative_to(root).as_posix() in rows)]
     masks = {path.with_suffix(""): path for path in found if path.stem.lower().endswith(_MASK)}
     used: set[Path] = set()
     for path in found:
@@ -118,7 +131,10 @@ def _find(root: Path, target: Path) -> list[_Picture]:
         relative = path.relative_to(root).as_posix()
         key = _key(relative, keys)
         keys.add(key)
-        pictures.append(_Picture(key, path, *_texts(path, rows.pop(relative, {})), mask))
+        try:
+            pictures.append(_Picture(key, path, *_texts(path, beside, rows.pop(relative, {})), mask))
+        except ValueError as error:
+            pictures.append(_Picture(key, path, "", {}, mask, str(error)))
     alone = [path for path in masks.values() if path not in used]
     if alone:
         raise ValueError(
@@ -136,13 +152,38 @@ def _find(root: Path, target: Path) -> list[_Picture]:
 
 
 def _files(root: Path, target: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if not name.startswith(".") and Path(folder, name).resolve() != target.resolve()
-        )
+    """All files below, those in linked folders too, each folder once; hidden ones and those of `target` are left."""
+    seen = {root.resolve()}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in list(subfolders):
+            place = Path(folder, name).resolve()
+            if place == target.resolve() or place in seen:
+                subfolders.remove(name)
+            seen.add(place)
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _is_picture(path: Path, beside: Mapping[tuple[Path, str], Path], named: bool) -> bool:
+    """Whether a file is a picture by its name or its bytes, or meant to be one: a caption lies beside it or names it.
+
+    What is meant to be one and cannot be read is told later, with the reason.
+    """
+    if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
+        return True
+    if path.suffix.lower() in _NO_PICTURES or path.name.lower() in METADATA_FILES:
+        return False
+    if named or (path.parent, f"{path.stem.lower()}.txt") in beside:
+        return True
+    if not path.is_file():
+        return False
+    with open_file(path, at_most=bounds.MEMBER_END) as file:
+        return looks_like_picture(file.read(32))
+
+
+def _suffix_of(data: bytes) -> str:
+    """A suffix for a picture that is called otherwise."""
+    return {b"\xff\xd8\xff": ".jpg", b"\x89PN": ".png", b"GIF": ".gif"}.get(data[:3], ".webp")
 
 
 def _key(relative: str, taken: set[str]) -> str:
@@ -154,23 +195,25 @@ def _key(relative: str, taken: set[str]) -> str:
     return key
 
 
-def _texts(path: Path, row: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """(caption or None, the JSON's and the row's other values)."""
+def _texts(
+    path: Path, beside: Mapping[tuple[Path, str], Path], row: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """(caption or None, the JSON's and the row's other values).
+
+    Raises:
+        ValueError: a text or JSON beside the picture cannot be read.
+    """
+    text, description = (beside.get((path.parent, f"{path.stem.lower()}{kind}")) for kind in (".txt", ".json"))
     extra: dict[str, Any] = {}
-    if path.with_suffix(".json").is_file():
-        try:
-            extra = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path.with_suffix('.json'))!r} is no JSON: {error}") from None
-        if not isinstance(extra, dict):
-            raise ValueError(f"{str(path.with_suffix('.json'))!r} holds no JSON object")
+    if description is not None:
+        extra = json_object(read_file(description, at_most=bounds.JSON_FILE, what="JSON"))
     values = {**extra, **{key: value for key, value in row.items() if key not in _FILE_KEYS}}
-    text = path.with_suffix(".txt")
-    if text.is_file():
-        return text.read_text(encoding="utf-8", errors="replace").strip(), values
+    if text is not None:
+        return text_of(read_file(text, at_most=bounds.IMAGE_FILE, what="caption")), values
     for source in (row, extra):
         for key in CAPTION_KEYS:
             if isinstance(source.get(key), str):
+                check_caption(source[key])
                 return source[key].strip(), {name: value for name, value in values.items() if name != key}
     return None, values
 
@@ -190,20 +233,25 @@ def _metadata(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            for row in csv.DictReader(file):
+    """The rows of a metadata file.
+
+    Raises:
+        ValueError: it cannot be read; the message names it and the line.
+    """
+    text = read_text(path, at_most=bounds.METADATA_FILE, what="metadata")
+    if path.suffix == ".csv":
+        try:
+            for row in csv.DictReader(io.StringIO(text, newline="")):
                 yield {key: _number(value) if key not in CAPTION_KEYS else value for key, value in row.items() if key}
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{str(path)!r} line {number} is no JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{str(path)!r} line {number} is no JSON object")
-                yield row
+        except csv.Error as error:
+            raise ValueError(f"{quoted(path)} is no CSV that can be read: {error}") from None
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield json_object(line.encode("utf-8", "surrogatepass"))
+            except ValueError as error:
+                raise ValueError(f"{quoted(path)} line {number} is no JSON object: {error}") from None
 
 
 def _number(text: Any) -> Any:
@@ -224,14 +272,10 @@ def _write(pictures: Sequence[_Picture], target: Path, shard_size: int, max_brok
     uncaptioned = masks = 0
     try:
         for picture in pictures:
-            data = picture.path.read_bytes()
-            mask = picture.mask.read_bytes() if picture.mask is not None else None
             try:
-                decode_image(data)
-                if mask is not None:
-                    decode_mask(mask)
+                data, mask = _checked(picture)
             except ValueError as error:
-                broken.append(f"{picture.path}: {error}")
+                broken.append(f"{brief(picture.path)}: {error}")
                 continue
             writer.add(picture, data, mask)
             uncaptioned += picture.caption is None
@@ -239,12 +283,29 @@ def _write(pictures: Sequence[_Picture], target: Path, shard_size: int, max_brok
         if broken and (len(broken) > max_broken_share * len(pictures) or len(broken) == len(pictures)):
             raise ValueError(
                 f"{len(broken):,} of {len(pictures):,} pictures are broken, more than max_broken_share "
-                f"{max_broken_share}, for example {broken[0]}; repair or remove them"
+                f"{max_broken_share}, for example {'; '.join(broken[:3])}; repair or remove them"
             )
         shards = writer.publish()
     finally:
         writer.discard()
     return PrepareReport(shards, len(pictures) - len(broken), tuple(broken), uncaptioned, masks)
+
+
+def _checked(picture: _Picture) -> tuple[bytes, bytes | None]:
+    """The bytes of a picture and its mask, decoded once as a training decodes them.
+
+    Raises:
+        ValueError: something of the sample cannot be read.
+    """
+    if picture.fault:
+        raise ValueError(picture.fault)
+    data = read_file(picture.path, at_most=bounds.IMAGE_FILE, what="picture")
+    decode_stored(data, at_least=_TRIED_AT)
+    if picture.mask is None:
+        return data, None
+    mask = read_file(picture.mask, at_most=bounds.IMAGE_FILE, what="mask")
+    decode_mask(mask)
+    return data, mask
 
 
 class _ShardWriter:
@@ -260,7 +321,9 @@ class _ShardWriter:
         if self.tar is None or self.count == self.shard_size:
             self._next()
         self.count += 1
-        self._member(f"{picture.key}{picture.path.suffix.lower()}", data)
+        suffix = picture.path.suffix.lower()
+        known = suffix.lstrip(".") in IMAGE_EXTENSIONS
+        self._member(f"{picture.key}{suffix if known else _suffix_of(data)}", data)
         if picture.mask is not None and mask is not None:
             self._member(f"{picture.key}{_MASK}{picture.mask.suffix.lower()}", mask)
         self._member(f"{picture.key}.txt", (picture.caption or "").encode())
@@ -286,10 +349,10 @@ class _ShardWriter:
             self.tar = None
 
     def publish(self) -> tuple[str, ...]:
-        """Gives the complete shards their names and removes older ones."""
+        """Gives the complete shards their names and removes older ones; tars with other names stay."""
         self._close()
         names = [self.target / f"{number:05}.tar" for number in range(len(self.parts))]
-        for old in set(self.target.glob("*.tar")) - set(names):
+        for old in {path for path in self.target.glob("*.tar") if _SHARD.fullmatch(path.name)} - set(names):
             old.unlink()
         for part, name in zip(self.parts, names, strict=True):
             os.replace(part, name)

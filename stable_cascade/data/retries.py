@@ -50,8 +50,15 @@ def with_retries(what: str, action: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """What a file system's error stands for: fsspec tells any failed first request over HTTP as a missing file."""
+    cause = error.__cause__
+    return cause_of(cause) if isinstance(error, FileNotFoundError) and cause is not None else error
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
+    error = cause_of(error)
     if isinstance(error, _PERMANENT) or type(error).__name__ in _CREDENTIALS:
         return False
     status = getattr(error, "status", None)
@@ -61,6 +68,9 @@ def may_pass(error: BaseException) -> bool:
 
 
 def short(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Kind and first line of an error, and what an HTTP status that refuses means."""
+    error = cause_of(error)
+    if (status := getattr(error, "status", None)) in (401, 403):
+        return f"the server refuses it (HTTP {status}); check the address, its signature or the credentials"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

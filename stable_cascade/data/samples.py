@@ -56,7 +56,7 @@ class IndexReport:
     def __str__(self) -> str:
         parts = [f"{self.found:,} samples" + (f" in {self.shards:,} shards" if self.shards else "")]
         if self.unreadable:
-            parts.append(f"{self.unreadable:,} unreadable (for example {', '.join(self.unreadable_keys[:3])})")
+            parts.append(f"{self.unreadable:,} left out (for example {'; '.join(self.unreadable_keys[:3])})")
         parts += [f"{count:,} rejected by {name}" for name, count in self.rejected.items()]
         if self.uncaptioned:
             parts.append(f"{self.uncaptioned:,} without a caption")
@@ -179,16 +179,16 @@ def with_masks(pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
         return np.where(masks == 0, pictures, mixed(pictures + mixed(masks)))
 
 
-def check_unreadable(broken: int, found: int, keys: Sequence[str], max_broken_share: float) -> None:
-    """Passes when few enough of the found samples are unreadable.
+def check_unreadable(broken: int, found: int, named: Sequence[str], max_broken_share: float, remedy: str) -> None:
+    """Passes when few enough of the found samples cannot be used; `named` are some of them, each with its reason.
 
     Raises:
         ValueError: too many are, or all.
     """
     if broken and (broken > max_broken_share * found or broken == found):
         raise ValueError(
-            f"{broken:,} of {found:,} samples have no readable picture header (for example {', '.join(keys[:3])}), "
-            f"more than max_broken_share {max_broken_share}; make the shards again or raise max_broken_share"
+            f"{broken:,} of {found:,} samples cannot be used, more than max_broken_share {max_broken_share} (for "
+            f"example {'; '.join(named[:3])}); {remedy}, or raise max_broken_share"
         )
 
 

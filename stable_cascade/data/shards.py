@@ -10,15 +10,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .captions import CaptionSource
+from stable_cascade import bounds
+from stable_cascade.wording import quoted
+
+from .captions import CaptionSource, json_object, text_of
 from .image_headers import plain_size
-from .images import IMAGE_EXTENSIONS, image_size
+from .images import IMAGE_EXTENSIONS, image_size, looks_like_picture
 from .locations import open_shard
 from .retries import ShardFailure
 from .samples import HEAD_BYTES, TAIL_BYTES, content_hash, content_hash_of_parts
 from .tars import Span, tar_members
 
 MEMBERS = ("image", "txt", "json", "mask")
+
+_TEXTS = ("txt", "json", "cls", "id", "index", "inx")
+_OTHER_NAME = 1 << 20
+"""Rank of a picture that only its bytes tell: after all that are called so."""
 
 
 class StringColumn:
@@ -64,7 +71,8 @@ class ShardTable:
 
     Shapes: spans (N, 4, 2) int64 in the order of MEMBERS; sizes (N, 2) int32 width and height, (0, 0) when the picture
         or its JSON is unreadable; hashes (N, 3) uint64 of the contents of picture, mask and caption member (0:
-        none); captioned (N,) bool; `fields` holds the JSON values that filters need.
+        none); captioned (N,) bool; `fields` holds the JSON values that filters need, `faults` why a sample cannot be
+        used, '' where it can.
     """
 
     keys: StringColumn
@@ -73,6 +81,7 @@ class ShardTable:
     hashes: np.ndarray
     captioned: np.ndarray
     fields: StringColumn
+    faults: StringColumn
 
 
 def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) -> ShardTable:
@@ -85,8 +94,8 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
     want_json = bool(fields) or captions.member == "json"
     with open_shard(location) as file:
         samples = _samples(file, location, want_json, captions.member)
-    groups = {key: sample for key, sample in samples.items() if "image" in sample.spans}
-    if not groups:
+    groups = {key: sample for key, sample in samples.items() if sample.counts(captions.member)}
+    if not any("image" in sample.spans for sample in groups.values()):
         kinds = sorted({extension for sample in samples.values() for extension in sample.spans})
         raise ValueError(
             f"shard {location!r} holds no images (members: {', '.join(kinds[:8]) or 'none'}); "
@@ -96,10 +105,11 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
     return ShardTable(
         keys=StringColumn.of(groups),
         spans=np.array(spans, np.int64),
-        sizes=np.array([(0, 0) if sample.damaged else sample.size for sample in groups.values()], np.int32),
+        sizes=np.array([(0, 0) if sample.fault else sample.size for sample in groups.values()], np.int32),
         hashes=np.array([(sample.hash, sample.mask_hash, sample.text_hash) for sample in groups.values()], np.uint64),
         captioned=np.array([sample.has_caption(captions) for sample in groups.values()], bool),
         fields=StringColumn.of(sample.values(fields) for sample in groups.values()),
+        faults=StringColumn.of(sample.fault for sample in groups.values()),
     )
 
 
@@ -115,11 +125,19 @@ class _Sample:
     mask_hash: int = 0
     text_hash: int = 0
     content: dict[str, Any] | None = None
-    damaged: bool = False
+    fault: str = ""
+    dotted: bool = False
+
+    def counts(self, caption_member: str) -> bool:
+        """Whether it was meant to be trained: it has a picture, or a caption whose picture is missing."""
+        if "image" not in self.spans and caption_member in self.spans:
+            self.fault = self.fault or f"it has a caption and no picture ({', '.join(map(quoted, self.spans))})"
+            return True
+        return "image" in self.spans
 
     def has_caption(self, captions: CaptionSource) -> bool:
         if captions.member != "json" or self.content is None:
-            return captions.member in self.spans and not self.damaged
+            return captions.member in self.spans and not self.fault
         try:
             captions.from_content(self.content)
         except ValueError:
@@ -134,7 +152,8 @@ class _Sample:
 def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str) -> dict[str, _Sample]:
     """Every sample by its key. Headers and texts are read on the way, so that a remote shard is passed once."""
     samples: dict[str, _Sample] = {}
-    for name, span in tar_members(file, location):
+    others: list[tuple[str, str]] = []
+    for name, span in tar_members(file, location, others):
         key, extension = _split(name)
         if not extension:
             continue
@@ -146,12 +165,14 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
                 sample.mask_rank, sample.spans["mask"] = mask_rank, span
                 sample.mask_hash = _header(file, span)[1]
             continue
+        if rank is None and extension not in _TEXTS and looks_like_picture(_read(file, (span[0], min(span[1], 32)))):
+            rank = _OTHER_NAME
         if rank is None:
             sample.spans[extension] = span
-            if extension == "json" and want_json:
-                _read_json(file, span, sample)
-            if extension == caption_member:
-                sample.text_hash = content_hash(_read(file, span))
+            if extension in {caption_member, "json" if want_json else ""}:
+                _read_text(file, span, sample, extension)
+            elif extension.endswith(f".{caption_member}"):
+                sample.dotted = True
             continue
         if rank == sample.rank:
             raise ValueError(
@@ -160,17 +181,36 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
             )
         if rank < sample.rank:
             sample.rank, sample.spans["image"] = rank, span
-            sample.size, sample.hash = _header(file, span)
+            sample.size, sample.hash, fault = _header(file, span)
+            sample.fault = sample.fault or fault
+    for name, kind in others:
+        other = samples.get(_split(name)[0])
+        if other is not None and "image" not in other.spans:
+            other.fault = f"its picture is {kind} in the tar, not a file"
+    for sample in samples.values():
+        if sample.dotted and caption_member not in sample.spans:
+            sample.fault = sample.fault or (
+                "its caption is not found, because a key ends at the first dot of a name and this one has more; "
+                "`stable-cascade prepare` makes shards of files with such names"
+            )
     return samples
 
 
-def _read_json(file: BinaryIO, span: Span, sample: _Sample) -> None:
+def _read_text(file: BinaryIO, span: Span, sample: _Sample, kind: str) -> None:
+    """The hash of a member with text, and of JSON its content; a text that cannot be used is the sample's fault."""
     try:
-        content = json.loads(_read(file, span))
-    except ValueError:
-        content = None
-    sample.damaged = not isinstance(content, dict)
-    sample.content = None if sample.damaged else content
+        if span[1] > bounds.JSON_FILE:
+            raise ValueError(f"its {kind} member has {span[1]:,} bytes; at most {bounds.JSON_FILE:,} are read")
+        data = _read(file, span)
+        sample.text_hash = content_hash(data)
+        if kind == "json":
+            sample.content = json_object(data)
+        else:
+            text_of(data)
+    except ShardFailure:
+        raise
+    except ValueError as error:
+        sample.fault = sample.fault or str(error)
 
 
 def _image_rank(extension: str) -> int | None:
@@ -196,22 +236,25 @@ def _split(name: str) -> tuple[str, str]:
     return posixpath.join(folder, stem), extension.lower()
 
 
-def _header(file: BinaryIO, span: Span) -> tuple[tuple[int, int], int]:
-    """(width, height), (0, 0) when the header is unreadable, and the hash of the content."""
+def _header(file: BinaryIO, span: Span) -> tuple[tuple[int, int], int, str]:
+    """(width, height), (0, 0) when the header is unreadable, the hash of the content, and what is wrong."""
     offset, length = span
+    if length > bounds.IMAGE_FILE:
+        return (0, 0), 0, f"its picture has {length:,} bytes; at most {bounds.IMAGE_FILE:,} are read"
     head = _read(file, (offset, min(length, HEAD_BYTES)))
     tail = _read(file, (offset + length - TAIL_BYTES, TAIL_BYTES)) if length > HEAD_BYTES else b""
     hashed = content_hash_of_parts(length, head, tail)
     plain = plain_size(head)
-    if plain is not None:
-        return plain, hashed
     try:
+        if plain is not None:
+            bounds.check_shape(*plain)
+            return plain, hashed, ""
         size = image_size(head, whole=length <= HEAD_BYTES)
-        return size or image_size(_read(file, span)) or (0, 0), hashed
+        return size or image_size(_read(file, span)) or (0, 0), hashed, ""
     except ShardFailure:
         raise
-    except ValueError:
-        return (0, 0), hashed
+    except ValueError as error:
+        return (0, 0), hashed, str(error)
 
 
 def _read(file: BinaryIO, span: Span) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .buckets import Buckets
+from .captions import check_caption
 from .columns import HubColumns
 from .decoding import BrokenWatch, Candidate, Decoded, Decoder, Place, Undecodable, identity_of
 from .draws import sample_seeds
@@ -91,6 +92,7 @@ class SampleStream:
         try:
             data = self.columns.picture(row)
             size = image_size(data)
+            check_caption(self.columns.text(row) or "")
         except (ValueError, OSError) as error:
             broken.see(1, [f"{key}: {error}"])
             return None

@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from stable_cascade import bounds
+
 from .retries import ShardFailure
 
 Span = tuple[int, int]
@@ -15,8 +17,13 @@ _COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b
 _ADLER = 65521
 
 
-def tar_members(file: BinaryIO, location: str) -> Iterator[tuple[str, Span]]:
+def tar_members(
+    file: BinaryIO, location: str, others: list[tuple[str, str]] | None = None
+) -> Iterator[tuple[str, Span]]:
     """Name and (offset, size) of every regular file, in their order; names in POSIX (pax), GNU or old headers.
+
+    Args:
+        others: gets the name and the kind of every link, device, pipe and sparse file.
 
     Raises:
         ShardFailure: the tar is truncated, or a header is damaged.
@@ -36,11 +43,12 @@ def tar_members(file: BinaryIO, location: str) -> Iterator[tuple[str, Span]]:
         if not _intact(header):
             if not place:
                 raise ValueError(f"shard {location!r} is not a tar: its first header is invalid")
-            broken = f"the header at byte {place} is invalid; copy or make it again"
-            raise ShardFailure(f"shard {location!r} is damaged: {broken}")
-        kind, length = header[156:157], _number(header[124:136])
+            raise _damaged(location, f"the header at byte {place} is invalid")
+        kind, length = header[156:157], _size(header[124:136], location, place)
         data = place + _BLOCK
         if kind in b"xL":
+            if length > bounds.TAR_HEADER:
+                raise _damaged(location, f"the extended header at byte {place} claims {length:,} bytes")
             file.seek(data)
             content = file.read(length)
             if len(content) < length:
@@ -51,10 +59,41 @@ def tar_members(file: BinaryIO, location: str) -> Iterator[tuple[str, Span]]:
                 name, size = _pax(content, name, size)
         elif kind not in b"gK":  # global headers and link names say nothing about files
             length = length if size is None else size
+            if data + length > bounds.MEMBER_END:
+                raise _damaged(location, f"the member at byte {place} claims {length:,} bytes")
             if kind in b"0\x007":
                 yield name or _own_name(header), (data, length)
+            elif kind in OTHER_KINDS and others is not None:
+                others.append((name or _own_name(header), OTHER_KINDS[kind]))
             name, size = None, None
         place = data + -(-length // _BLOCK) * _BLOCK
+
+
+OTHER_KINDS = {
+    b"1": "a link",
+    b"2": "a link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a pipe",
+    b"S": "a sparse file",
+}
+"""What members are that hold no bytes of their own, or not in their order."""
+
+
+def _damaged(location: str, what: str) -> ShardFailure:
+    return ShardFailure(f"shard {location!r} is damaged: {what}; copy or make it again")
+
+
+def _size(field: bytes, location: str, place: int) -> int:
+    """A member's size.
+
+    Raises:
+        ShardFailure: the field holds no number that a size can be.
+    """
+    try:
+        return _number(field)
+    except ValueError:
+        raise _damaged(location, f"the header at byte {place} claims no possible size") from None
 
 
 def _check_start(header: bytes, location: str) -> None:
@@ -86,7 +125,10 @@ def _number(field: bytes) -> int:
     """An octal number, or a binary one as GNU tar writes for files of 8 GB and more."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    digits = field.split(b"\0", 1)[0].strip() or b"0"
+    if digits.strip(b"01234567"):  # int() would take a sign and underscores too
+        raise ValueError("no octal number")
+    return int(digits, 8)
 
 
 def _text(field: bytes) -> str:
@@ -103,12 +145,12 @@ def _pax(content: bytes, name: str | None, size: int | None) -> tuple[str | None
     """(path, size) with what the records `length key=value` of a pax header say."""
     while content:
         digits, _, _ = content.partition(b" ")
-        if not digits.isdigit() or not int(digits):
+        if not digits.isdigit() or len(digits) > 9 or not int(digits):
             break
         record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
         key, _, value = record.partition(b"=")
         if key == b"path":
             name = value.decode("utf-8", errors="surrogateescape")
         elif key == b"size" and value.isdigit():
-            size = int(value)
+            size = int(value) if len(value) < 20 else bounds.MEMBER_END
     return name, size

@@ -87,8 +87,8 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
     if asked or getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
         raise ValueError(
-            "accelerate was asked for DeepSpeed, whose engine takes the steps itself, so that no bad step could be held "
-            "back and no run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights as well"
+            "accelerate was asked for DeepSpeed, whose engine takes the steps itself, so that no bad step could be "
+            "held back and no run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights too"
         )
     sharded = is_sharded(accelerator)
     if config.use_fsdp and not sharded:
