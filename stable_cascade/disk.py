@@ -9,7 +9,7 @@ import codecs
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from stable_cascade.wording import quoted
 
@@ -20,6 +20,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     Variables (`$HOME`, `%TEMP%`) are not expanded: a shell does that before this library sees the text.
     """
     return Path(path).expanduser() if os.fspath(path).startswith("~") else Path(path)
+
+
+def path_text(path: Any) -> Any:
+    """`local_path` of a text, as a text; anything else, an address or a Hub name among it, is what it was."""
+    return str(local_path(path)) if isinstance(path, str) and path.startswith("~") else path
 
 
 def open_file(path: str | os.PathLike[str], *, at_most: int, what: str = "file") -> BinaryIO:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from stable_cascade import factory
 from stable_cascade.adapters import lora_ranks
 from stable_cascade.compilation import check_compiler
 from stable_cascade.data import make_buckets
-from stable_cascade.redaction import redacted
+from stable_cascade.data.locations import is_remote
+from stable_cascade.hub import NotAskedError, cache_only
+from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training.float8 import SMALLEST, check_float8
 from stable_cascade.training.optimizers import check_optimizer
 from stable_cascade.training.run_folder import check_run_folders, run_folder
 from stable_cascade.training.tracking import LAUNCH_SHARDED, trackers_of
+from stable_cascade.wording import quoted
 
 
 def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
@@ -51,12 +55,15 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
     if config.compile:
         entries.append(("compile", _compile_entry))
     if config.check:  # a training indexes its pictures right after this
-        entries.append(("data", lambda: factory.data_entry(config, factory.samples(config))))
+        entries.append(("data", partial(_data_entry, config)))
         entries.append(("run folder", partial(_run_folder_entry, config)))
     missing = 0
     for name, entry in entries:
         try:
-            lines.append(f"{name:<15} {entry()}")
+            with cache_only() if config.check else nullcontext():
+                lines.append(f"{name:<15} {entry()}")
+        except NotAskedError as problem:
+            lines.append(f"{name:<15} NETWORK: {problem}")
         except ValueError as problem:
             if not config.check:
                 raise
@@ -64,7 +71,8 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
             lines.append(f"{name:<15} MISSING: {problem}")
     micro = config.batch_size // config.grad_accum_steps
     lines.append(f"batch           {config.batch_size} = {config.grad_accum_steps} x {micro} over all processes")
-    lines.append(f"pictures        {_sizes(config, needs)}")
+    with cache_only() if config.check else nullcontext():
+        lines.append(f"pictures        {_sizes(config, needs)}")
     lines.append(f"steps           {config.updates}, saved every {config.save_every}")
     if config.use_fsdp:
         lines.append("sharded         use_fsdp: True, so " + LAUNCH_SHARDED)
@@ -158,6 +166,16 @@ def _ranks(model: Any) -> str:
     """The ranks of the adapters and how many layers have each, as ` (rank 4: 12, rank 16: 4)`."""
     counted = sorted(Counter(lora_ranks(model).values()).items())
     return f" ({', '.join(f'rank {rank}: {count}' for rank, count in counted)})"
+
+
+def _data_entry(config: Any) -> str:
+    """What there is to train on, as far as it is on this machine."""
+    paths = [config.webdataset_path, getattr(config, "regularization_path", None)]
+    places = [place for path in paths if path for place in ([path] if isinstance(path, str) else path)]
+    remote = next((place for place in places if is_remote(place)), None)
+    if remote is not None:
+        raise NotAskedError(f"{quoted(bare_address(remote))} is not on this machine; a run will read it")
+    return factory.data_entry(config, factory.samples(config))
 
 
 def _run_folder_entry(config: Any) -> str:

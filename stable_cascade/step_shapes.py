@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_cascade import factory
-from stable_cascade.factory.clip import CLIP_IMAGE, CLIP_TEXT
+from stable_cascade.factory.clip import CLIP_IMAGE, CLIP_TEXT, from_source
 from stable_cascade.factory.networks import network_class, preset
 from stable_cascade.factory.quantization import quantizes
 from stable_cascade.models.checkpointing import chosen_contexts
@@ -180,10 +180,9 @@ def _clip_text(config: Any) -> nn.Module:
     """CLIP's text encoder on the meta device, in the config's number format."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    name, folder = factory.clip_source(config, "text_encoder")
-    settings = (
-        CLIPTextConfig(**_BIG_G) if name == CLIP_TEXT else CLIPTextConfig.from_pretrained(name, subfolder=folder)
-    )
+    name, _ = factory.clip_source(config, "text_encoder")
+    known = name == CLIP_TEXT
+    settings = CLIPTextConfig(**_BIG_G) if known else from_source(config, "text_encoder", CLIPTextConfig)
     with torch.device("meta"):
         return CLIPTextModelWithProjection(settings).to(getattr(torch, config.dtype)).requires_grad_(False)
 
@@ -192,9 +191,9 @@ def _clip_image(config: Any) -> Any:
     """CLIP's image encoder on the meta device."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    name, folder = factory.clip_source(config, "image_encoder")
+    name, _ = factory.clip_source(config, "image_encoder")
     known = name == CLIP_IMAGE
-    settings = CLIPVisionConfig(**_LARGE) if known else CLIPVisionConfig.from_pretrained(name, subfolder=folder)
+    settings = CLIPVisionConfig(**_LARGE) if known else from_source(config, "image_encoder", CLIPVisionConfig)
     with torch.device("meta"):
         return CLIPVisionModelWithProjection(settings).requires_grad_(False).eval()
 

@@ -17,8 +17,10 @@ def hub(tmp_path, monkeypatch):
     """A stand-in for the Hub that everything in this process takes for the real one."""
     from huggingface_hub import constants
 
+    from stable_cascade.hub import forget_silence
     from tests.hub_stand_in import TOKEN, hub_stand_in
 
+    forget_silence()
     with hub_stand_in() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.address)
         template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -29,6 +31,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
+    forget_silence()
 
 
 @pytest.fixture(scope="module")

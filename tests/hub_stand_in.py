@@ -78,6 +78,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (r"/api/whoami-v2", self.whoami),
             (r"/api/repos/create", self.create),
             (r"/api/validate-yaml", lambda body: {"errors": [], "warnings": []}),
+            (r"/api/(models|datasets)/([^/]+/[^/]+)", self.info),
             (r"/api/models/([^/]+/[^/]+)/preupload/main", self.preupload),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
             (r"/api/models/([^/]+/[^/]+)/commit/main", self.commit),
@@ -85,12 +86,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/tree/[^/]+", self.tree),
         ):
             if found := re.fullmatch(pattern, path):
-                return self.send(200, handle(body, *found.groups()))
+                answer = handle(body, *found.groups())
+                return (
+                    self.send(200, answer)
+                    if answer
+                    else self.send(404, {"error": "x"}, {"X-Error-Code": "RepoNotFound"})
+                )
         return self.send(404, {"error": f"no {path}"})
 
     def whoami(self, body: bytes) -> dict[str, Any]:
         role = {"accessToken": {"displayName": "test", "role": self.server.role}}
         return {"type": "user", "name": "someone", "orgs": [{"name": "lab"}], "auth": role}
+
+    def info(self, body: bytes, kind: str, name: str) -> dict[str, Any] | None:
+        known = name in self.server.repos or name in self.server.files
+        return {"id": name, "sha": COMMIT, "private": False} if known else None
 
     def create(self, body: bytes) -> dict[str, Any]:
         asked = json.loads(body)

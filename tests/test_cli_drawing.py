@@ -248,7 +248,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(capsys, here):
         ("carries no settings", "generate", "--from-image", "photo.png"),
         ("ends in no .png", "generate", "x", "--sheet", "sheet.txt"),
         ("cannot be a folder: it is a file", "generate", "x", "--output", "empty.txt"),
-        ("'new.png' is a folder's name here; use --sheet", "generate", "x", "--output", "new.png"),
+        ("'new.jpg': pictures are PNG files", "generate", "x", "--output", "new.jpg"),
         ("is no folder and no Hub name", "generate", "x", "--model", "nowhere"),
         ("invalid choice: 'euler'", "generate", "x", "--sampler", "euler"),
         ("argument --seed: invalid int value: 'one'", "generate", "x", "--seed", "one"),
@@ -289,3 +289,20 @@ def test_a_picture_with_a_credential_asks_for_it_again(capsys):
 def test_numbers_behind_a_path(here, text, most, expected):
     (here / "photo:1").touch()
     assert parse_choice(text, "--lora", most) == expected
+
+
+def test_output_names_the_picture(tmp_path, monkeypatch):
+    """One picture gets the name, several a number each, and none that is there is overwritten."""
+    from stable_cascade.cli import drawing_output
+
+    def save(drawn, path):
+        path.write_text(drawn)
+        return path
+
+    monkeypatch.setattr("stable_cascade.drawing.metadata.save_picture", save)
+    wanted = tmp_path / "deep/apple.png"
+    drawing_output.check_targets({"output": wanted})
+    assert drawing_output.new_path(wanted, "a", None) == wanted
+    assert drawing_output.new_path(wanted, "b", None).name == "apple-2.png"
+    assert [drawing_output.new_path(wanted, "c", number).name for number in range(2)] == ["apple-0.png", "apple-1.png"]
+    assert wanted.read_text() == "a"

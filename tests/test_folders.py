@@ -120,7 +120,11 @@ def test_only_what_is_needed_is_downloaded(released, hub):
     assert (whole.semantic_encoder is not None, whole.controlnet) == (True, None)
     assert not any("controlnet/" in path or "bf16" in path for path in hub.asked[-40:] if "stable-cascade/res" in path)
     hub.broken = "someone"
-    refused("'someone/nothing' cannot be had from the Hub", StableCascadePipeline.from_pretrained, "someone/nothing")
+    refused(
+        "'someone/nothing' is no file or folder here and cannot be had from the Hub",
+        StableCascadePipeline.from_pretrained,
+        "someone/nothing",
+    )
 
 
 def test_weights_files_of_a_part():

@@ -15,6 +15,7 @@ LAYERS = {
     "bounds": -1,
     "compilation": -1,
     "disk": -1,
+    "hub": -1,
     "redaction": -1,
     "transfer": -1,
     "wording": -1,
@@ -44,6 +45,7 @@ LAYERS = {
 # These files lie in one folder, the package's own; only in this direction, so that no circle arises.
 SAME_FOLDER = {
     ("disk", "wording"),
+    ("hub", "wording"),
     ("cli", "app"),  # the command that starts the page
     ("previews", "factory"),
     ("plan", "factory"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats import lora as files
 from stable_cascade.wording import brief, quoted
 
@@ -134,7 +135,7 @@ def _layers_of(base: Any) -> dict[str, Mapping[str, Size]]:
     if not isinstance(base, str | PathLike):
         models = {component: getattr(base, component, None) for component in files.COMPONENTS}
         return {component: layer_shapes(model) for component, model in models.items() if model is not None}
-    folder = Path(base)
+    folder = local_path(base)
     if folder.is_dir():
         return _layers_of_folder(folder)
     from stable_cascade.models.presets import PRESETS
@@ -212,11 +213,11 @@ def _text_parts(base: Any) -> tuple[Any, Any]:
         ValueError: there are none.
     """
     tokenizer, text_encoder = getattr(base, "tokenizer", None), getattr(base, "text_encoder", None)
-    if isinstance(base, str | PathLike) and (Path(base) / "text_encoder").is_dir():
+    if isinstance(base, str | PathLike) and (local_path(base) / "text_encoder").is_dir():
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-        tokenizer = CLIPTokenizer.from_pretrained(Path(base) / "tokenizer")
-        text_encoder = CLIPTextModelWithProjection.from_pretrained(Path(base) / "text_encoder")
+        tokenizer = CLIPTokenizer.from_pretrained(local_path(base) / "tokenizer")
+        text_encoder = CLIPTextModelWithProjection.from_pretrained(local_path(base) / "text_encoder")
     if tokenizer is None or text_encoder is None:
         raise ValueError(f"base {quoted(base, 60)} has no tokenizer and text_encoder; give a pipeline or its folder")
     return tokenizer, text_encoder

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
 from torch import Tensor, nn
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.lora import Part
 
 from .bundled_tokens import usable_rows
@@ -92,7 +92,7 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         if isinstance(pretrained_model_name_or_path, Mapping):
             embeds = dict(pretrained_model_name_or_path)
         else:
-            path = Path(pretrained_model_name_or_path)
+            path = local_path(pretrained_model_name_or_path)
             if not path.exists():
                 path = from_hub(str(pretrained_model_name_or_path), weight_name, hub)
             embeds = read_learned_embeds(path / weight_name if path.is_dir() else path, token)

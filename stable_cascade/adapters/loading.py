@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats import lora as files
 from stable_cascade.formats.lora import LoraFile as LoraFile  # what `read_lora` returns
 from stable_cascade.formats.lora import Part
@@ -122,7 +123,7 @@ def lora_path(path: str | Path, weight_name: str | None = None) -> Path:
     Raises:
         ValueError: there is none, or several and no `weight_name`.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir() and weight_name is None:
         if (path / files.WEIGHT_NAME).exists():
             return path / files.WEIGHT_NAME

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats import lora as files
 
 from .layers import component_of, inject, layer_shapes
@@ -124,7 +125,7 @@ def save_lora(
     """
     from safetensors.torch import save_file
 
-    folder = Path(directory)
+    folder = local_path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     replaced = files.split_components(overrides or {})
     parts, configs = {}, {}

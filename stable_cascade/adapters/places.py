@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats import lora as files
+from stable_cascade.hub import hub_file
 from stable_cascade.wording import quoted
 
 from .bundled_tokens import rows_beside
@@ -58,7 +60,7 @@ def _located(
     """The LoRA (file or state dict) and the learned tokens' file that a name means; None for what is not there."""
     if isinstance(source, Mapping):
         return source, None
-    path = Path(source)
+    path = local_path(source)
     if not path.exists() and str(source).count("/") == 1 and not path.suffix:
         embeds = from_hub(str(source), EMBEDS_NAME, hub, missing_ok=True)
         file = from_hub(str(source), weight_name or files.WEIGHT_NAME, hub, missing_ok=embeds is not None)
@@ -77,12 +79,9 @@ def from_hub(name: str, file: str, hub: Mapping[str, Any], *, missing_ok: bool =
     Raises:
         ValueError: the repository has no such file.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     try:
-        return Path(hf_hub_download(name, file, **hub))
-    except EntryNotFoundError:
+        return hub_file(name, file, **hub)
+    except FileNotFoundError:
         if missing_ok:
             return None
-        raise ValueError(f"'{name}' has no file {file}; name the LoRA with weight_name") from None
+        raise ValueError(f"'{name}' has no file {file} on the Hub; download the LoRA, or name its file") from None

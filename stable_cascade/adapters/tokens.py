@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.tensor_files import read_tensors
 from stable_cascade.wording import quoted
 
@@ -147,7 +148,7 @@ def save_learned_embeds(directory: str | Path, embeds: Mapping[str, Tensor]) -> 
     """Writes `learned_embeds.safetensors`, token -> row, as textual inversion files are laid out."""
     from safetensors.torch import save_file
 
-    path = Path(directory) / EMBEDS_NAME
+    path = local_path(directory) / EMBEDS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({token: row.detach().cpu().contiguous() for token, row in embeds.items()}, path, {"format": "pt"})
     return path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from stable_cascade.disk import local_path
 
 
 def add_app(commands: Any) -> None:
@@ -19,9 +20,16 @@ def add_app(commands: Any) -> None:
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub name (default %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s, this machine)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 is any free one (default %(default)s)")
-    parser.add_argument("--lora-dir", type=Path, metavar="FOLDER", help="LoRAs to choose from: its .safetensors files")
     parser.add_argument(
-        "--controlnet", type=Path, action="append", default=[], metavar="PATH", help="a ControlNet; may be repeated"
+        "--lora-dir", type=local_path, metavar="FOLDER", help="LoRAs to choose from: its .safetensors files"
+    )
+    parser.add_argument(
+        "--controlnet",
+        type=local_path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a ControlNet; may be repeated",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA where there is one)")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.drawing.request import STRENGTHS, Drawing, InputFile
 from stable_cascade.wording import quoted
 
@@ -104,7 +105,7 @@ def _add_references(options: Parser) -> None:
 
 def _finish(options: Parser, *, prior: bool = True) -> None:
     if prior:
-        options.add("--prompts-file", type=Path, metavar="FILE", help="one prompt per line instead of PROMPT")
+        options.add("--prompts-file", type=local_path, metavar="FILE", help="one prompt per line instead of PROMPT")
     add_model_options(options)
     add_sampling_options(options, prior=prior)
     add_output_options(options)
@@ -133,12 +134,13 @@ def _run(arguments: argparse.Namespace) -> None:
     if given["live"] is not None and pipeline.previewer is None:
         raise ValueError(f"--live needs a previewer, and model {quoted(first.model)} has none; leave it away")
     controls = _write_controls(session, first, given)
-    written = []
+    written: list[tuple[Drawn, Path]] = []
+    several = given["count"] * len(drawings) > 1
     with Progress(given["count"] * len(drawings), given["live"]) as progress:
         told: dict[str, Any] = {"on_step": progress.on_step, "previews": given["live"] is not None}
         pictures = itertools.chain.from_iterable(session.each(drawing, **options, **told) for drawing in drawings)
         for drawn in progress.watch(pictures):
-            written.append((drawn, new_path(given["output"], drawn)))
+            written.append((drawn, new_path(given["output"], drawn, len(written) if several else None)))
             if not given["json"]:
                 progress.say(_line(session, *written[-1]))
     sheet = _write_sheet(session, [drawn for drawn, _ in written], len(drawings), given)

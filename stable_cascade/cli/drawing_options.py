@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.drawing.request import (
     DTYPES,
     SAMPLERS,
@@ -101,7 +102,7 @@ def add_control_options(options: Parser, *, own_image: bool) -> None:
                     help="what a ControlNet looks at, in the same order; default: --image")  # fmt: skip
     options.switch("--filtered", "the pictures are control images already")
     options.add("--filter", metavar="NAME", help="the filter of a ControlNet that does not name its own")
-    options.add("--show-control", type=Path, default=None, metavar="FILE", help="also write the control picture")
+    options.add("--show-control", type=local_path, default=None, metavar="FILE", help="also write the control picture")
 
 
 def add_output_options(options: Parser) -> None:
@@ -110,11 +111,19 @@ def add_output_options(options: Parser) -> None:
     options.add("--count", type=int, default=1, help="pictures per prompt (default %(default)s)")
     options.add("--batch-size", type=int, default=1,
                 help="pictures at a time (default %(default)s); above 1 their last bit may depend on it")  # fmt: skip
-    options.add("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="default: %(default)s")
-    options.add("--sheet", type=Path, default=None, metavar="FILE", help="also write all pictures side by side")
-    options.add("--live", type=Path, default=None, metavar="FILE", help="rewrite this picture while Stage C samples")
+    options.add(
+        "--output",
+        type=local_path,
+        default=Path("outputs"),
+        metavar="PLACE",
+        help="a folder, or the picture's .png file (default: %(default)s)",
+    )
+    options.add("--sheet", type=local_path, default=None, metavar="FILE", help="also write all pictures side by side")
+    options.add(
+        "--live", type=local_path, default=None, metavar="FILE", help="rewrite this picture while Stage C samples"
+    )
     options.add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
-    options.add("--from-image", type=Path, default=None, metavar="PNG",
+    options.add("--from-image", type=local_path, default=None, metavar="PNG",
                 help="draw this picture again; options beside it change what they name")  # fmt: skip
     options.add("--allow-changed-files", action="store_true", default=False,
                 help="with --from-image: also from files that are not the same any more")  # fmt: skip

@@ -63,8 +63,12 @@ def check_targets(given: Mapping[str, Any]) -> None:
         ValueError: a file cannot be written there.
     """
     folder = given["output"]
-    if folder.suffix.lower() in ENDINGS:
-        raise ValueError(f"--output {quoted(folder)} is a folder's name here; use --sheet for one picture of them all")
+    if _is_picture(folder):
+        if folder.suffix.lower() != ".png":
+            raise ValueError(
+                f"--output {quoted(folder)}: pictures are PNG files, which keep their settings; name it so"
+            )
+        folder = folder.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,6 +78,11 @@ def check_targets(given: Mapping[str, Any]) -> None:
         target = given.get(name)
         if target is not None:
             check_picture_name(target, f"--{name.replace('_', '-')}")
+
+
+def _is_picture(output: Path) -> bool:
+    """Whether `--output` names a picture's file, and not a folder that is there."""
+    return output.suffix.lower() in ENDINGS and not output.is_dir()
 
 
 def check_picture_name(target: Path, option: str) -> None:
@@ -86,10 +95,20 @@ def check_picture_name(target: Path, option: str) -> None:
         raise ValueError(f"{option} {quoted(target)} cannot be written: {error.strerror}; name another") from None
 
 
-def new_path(folder: Path, drawn: Drawn) -> Path:
-    """Writes the picture under a name of its own: its seed and words of its prompt, or its input picture's name."""
+def new_path(output: Path, drawn: Drawn, number: int | None) -> Path:
+    """Writes the picture and its settings; a file that is there is never overwritten.
+
+    Args:
+        output: a folder, for a name of the picture's seed and words of its prompt or its input picture's name; or the
+            picture's own file.
+        number: which of several pictures it is, None for the only one; part of the name where `output` is a file.
+    """
     from stable_cascade.drawing.metadata import save_picture, slug
 
+    if _is_picture(output):
+        wanted = output if number is None else output.with_stem(f"{output.stem}-{number}")
+        return save_picture(drawn, next(path for path in _numbered(wanted) if not path.exists()))
+    folder = output
     drawing = drawn.drawing
     source = Path(drawing.image.path).stem if drawing.image is not None else ""
     words = [source, drawing.prompt] if drawing.task == "reconstruct" else [drawing.prompt, source]

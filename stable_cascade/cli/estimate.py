@@ -35,9 +35,11 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
     from stable_cascade.cli.trainers import config_of
     from stable_cascade.estimate import estimate
+    from stable_cascade.hub import cache_only
 
     trainer, config = config_of(arguments, TRAINERS)
-    found = estimate(config, trainer, processes=arguments.processes, mixed_precision=arguments.mixed_precision)
+    with cache_only():
+        found = estimate(config, trainer, processes=arguments.processes, mixed_precision=arguments.mixed_precision)
     if arguments.json:
         figures = {"trainer": trainer, "parameters": found.parameters, "trainable": found.trainable,
                    "parts": found.parts, "allocated": found.allocated, "total": found.total}  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from stable_cascade.config.reference import documentation, help_text, kind_text, kinds
 from stable_cascade.config.rules import problems, resolve
-from stable_cascade.config.settings import TRAINERS, GenerateConfig
+from stable_cascade.config.settings import PATH_KEYS, TRAINERS, GenerateConfig
+from stable_cascade.disk import path_text
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief
 
@@ -88,6 +89,10 @@ def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "config")
         raise ConfigError(f"{cls.__name__}: {key}: {str(error).splitlines()[0]}") from error
+    for key in PATH_KEYS & kinds(cls).keys():  # type: ignore[arg-type]
+        value = getattr(config, key)
+        expanded = [path_text(one) for one in value] if isinstance(value, list) else path_text(value)
+        setattr(config, key, expanded)
     for key, clause in problems(config):
         source = given[key][1] if key in given else cls.__name__
         raise ConfigError(f"{source}: {key}: {_short(getattr(config, key))} {clause}")

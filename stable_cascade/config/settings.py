@@ -13,6 +13,15 @@ REQUIRED: Any = "???"
 """The default of a key that every config must set (OmegaConf's mark of a missing value)."""
 
 
+PATH_KEYS = frozenset({
+    "checkpoint_path", "output_path", "resume", "pretrained_model_name_or_path", "generator_checkpoint_path",
+    "effnet_checkpoint_path", "previewer_checkpoint_path", "stage_a_checkpoint_path", "stage_b_checkpoint_path",
+    "clip_text_model_name", "clip_image_model_name", "webdataset_path", "dataset_name", "cache_dir",
+    "lora_checkpoint_path", "regularization_path", "controlnet_checkpoint_path",
+})  # fmt: skip
+"""Keys that may name a file or folder: a leading `~` in them is the home folder."""
+
+
 @dataclass
 class RunSettings:
     """The run: names, folders, length, saving, logging."""
@@ -28,8 +37,7 @@ class RunSettings:
     seed: int = 0
     """Seed of everything random: sample order, crops, noise, dropout, previews."""
     resume: str = "latest"
-    """`latest` continues from the newest checkpoint, if any, `latest_intact` from the newest undamaged one; `never`
-    starts anew; a path names a checkpoint."""
+    """`latest` continues from the newest checkpoint, `latest_intact` from the newest undamaged; `never`; or a path."""
     save_every: int = 1000
     """Steps between run checkpoints; each comes with an export of the model and a preview sheet."""
     backup_every: int | None = None

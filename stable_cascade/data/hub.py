@@ -6,9 +6,12 @@ import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from stable_cascade.hub import HubError, ask
 
 from .captions import check_caption
 from .columns import HubColumns
@@ -171,8 +174,12 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
     try:
         if saved:
             loaded = datasets.load_from_disk(dataset_name)
-        else:
+        elif os.path.exists(dataset_name):
             loaded = datasets.load_dataset(dataset_name, streaming=streaming)
+        else:
+            loaded = ask(dataset_name, partial(_load, dataset_name, streaming), kind="dataset")
+    except HubError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(
@@ -185,6 +192,16 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
             raise ValueError(f"dataset_name {dataset_name!r} has no train split, only {', '.join(map(str, loaded))}")
         loaded = loaded[split]
     return loaded.to_iterable_dataset() if saved and streaming else loaded
+
+
+def _load(name: str, streaming: bool, *, local_files_only: bool = False) -> Any:
+    """A dataset of the Hub, or of its cache."""
+    import datasets
+
+    if local_files_only and streaming:
+        raise ValueError("a stream needs the Hub")
+    download = datasets.DownloadConfig(local_files_only=local_files_only)
+    return datasets.load_dataset(name, streaming=streaming, download_config=download)
 
 
 def _refuse_pairs(dataset_name: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_cascade import bounds
-from stable_cascade.disk import open_file, read_file, read_text
+from stable_cascade.disk import local_path, open_file, read_file, read_text
 from stable_cascade.wording import brief, quoted
 
 from .captions import check_caption, json_object, text_of
@@ -93,7 +93,7 @@ def prepare_shards(
     Raises:
         ValueError: there is nothing to write, captions are missing, too much is broken, or `out` has shards already.
     """
-    root, target = Path(folder), Path(out)
+    root, target = local_path(folder), local_path(out)
     if shard_size < 1:
         raise ValueError(f"shard_size {shard_size} must be at least 1")
     if not root.is_dir():

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from stable_cascade.controls import InpaintFilter, control_picture, filter_names, make_filter
+from stable_cascade.disk import local_path
 from stable_cascade.formats.controlnet import read_description, read_shapes
 from stable_cascade.formats.headers import file_type, read_header
 from stable_cascade.formats.json_files import read_json
@@ -143,7 +144,7 @@ def load_controlnet(choice: ControlChoice, source: ControlSource, dtype: torch.d
 
 def _local(path: str) -> Path:
     if not is_hub_name(path):
-        return Path(path)
+        return local_path(path)
     from stable_cascade.pipelines.hub import hub_folder
 
     return hub_folder(path, (), None, {}, ("*.json", "*.safetensors"))

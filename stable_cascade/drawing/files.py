@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import quoted
 
 from .request import ControlChoice, Drawing, InputFile, LoraChoice
@@ -31,7 +32,7 @@ def with_sums(drawing: Drawing, *, skip: Sequence[str] = (), allow_changed: bool
     def picture(name: str, file: InputFile | None) -> InputFile | None:
         if file is None or name in skip:
             return file
-        return replace(file, sha256=_sum(name, [Path(file.path)], file.sha256, allow_changed))
+        return replace(file, sha256=_sum(name, [local_path(file.path)], file.sha256, allow_changed))
 
     def lora(choice: LoraChoice) -> LoraChoice:
         files = lora_files(choice.path)
@@ -58,7 +59,7 @@ def lora_files(path: str) -> list[Path]:
     Raises:
         ValueError: there is no such file or folder, and the name is none of the Hub.
     """
-    place = Path(path)
+    place = local_path(path)
     if place.is_dir() and not (place / WEIGHTS).is_file():
         found = sorted(place.glob("*.safetensors"))
         if not found:
@@ -79,7 +80,7 @@ def controlnet_files(path: str) -> list[Path]:
     Raises:
         ValueError: there is no such file or folder, and the name is none of the Hub.
     """
-    place = Path(path)
+    place = local_path(path)
     if place.is_file():
         return [place]
     if place.is_dir():

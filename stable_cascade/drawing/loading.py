@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import stable_cascade
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 from .request import DTYPES
@@ -40,7 +41,7 @@ def single_files(model: str) -> tuple[list[Path], dict[str, str]]:
 
     Both are empty where the model is the word embedded, a folder or a Hub name.
     """
-    place = Path(model)
+    place = local_path(model)
     if model == "embedded" or place.is_dir():
         return [], {}
     if place.is_file():
@@ -49,7 +50,7 @@ def single_files(model: str) -> tuple[list[Path], dict[str, str]]:
         return [], {}
     words = [part.strip() for part in model.split(",")]
     named = dict(word.split("=", 1) for word in words if "=" in word)
-    return [Path(word) for word in words if "=" not in word], named
+    return [local_path(word) for word in words if "=" not in word], named
 
 
 def load_pipeline(model: str, dtype: str, *, lite: bool = False, variant: str | None = None) -> Any:

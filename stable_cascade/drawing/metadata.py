@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from stable_cascade.disk import local_path
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief, quoted
 
@@ -49,7 +50,7 @@ def save_picture(drawn: Drawn, path: str | os.PathLike[str]) -> Path:
     """
     from PIL.PngImagePlugin import PngInfo
 
-    target = Path(path)
+    target = local_path(path)
     info = PngInfo()
     info.add_text(KEY, json.dumps(describe(drawn.drawing, drawn.made_with), allow_nan=False))
     readable = parameters(drawn.drawing, drawn.made_with).encode("utf-8", "replace").decode("utf-8")
@@ -117,9 +118,9 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     Raises:
         ValueError: it is no PNG, carries no record, or the record is damaged.
     """
-    name = f"picture {quoted(Path(path))}"
+    name = f"picture {quoted(local_path(path))}"
     try:
-        with Path(path).open("rb") as file:
+        with local_path(path).open("rb") as file:
             text = _record_text(file, name)
     except OSError as error:
         raise ValueError(f"{name} cannot be opened: {error.strerror or error}") from None

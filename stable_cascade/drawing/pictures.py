@@ -6,12 +6,12 @@ import io
 import logging
 import os
 import warnings
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _opened(source: str | os.PathLike[str] | bytes) -> tuple[str, IO[bytes]]:
     """What to call the picture in errors, and its bytes as a file."""
     if isinstance(source, bytes):
         return "the picture", io.BytesIO(source)
-    path = Path(source)
+    path = local_path(source)
     name = f"picture {quoted(path)}"
     try:
         if not path.is_file():

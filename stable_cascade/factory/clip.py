@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stable_cascade.hub import ask
 from stable_cascade.models.clip_image import clip_pixels
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.transfer import to_device
@@ -30,14 +33,27 @@ def clip_source(config: Any, part: str) -> tuple[str, str]:
 _TEXT = ("clip_text_model_name", CLIP_TEXT)
 
 
+def from_source(config: Any, part: str, cls: Any, **options: Any) -> Any:
+    """`cls.from_pretrained` of one of CLIP's parts: a tokenizer, a network or its config.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name, folder = clip_source(config, part)
+    load = partial(cls.from_pretrained, name, subfolder=folder, **options)
+    try:
+        return load() if Path(name).exists() else ask(name, load)
+    except (OSError, TypeError):  # TypeError: what CLIPTokenizer says about a folder without vocabulary
+        key = "clip_image_model_name" if part == "image_encoder" else "clip_text_model_name"
+        raise ValueError(f"there is no CLIP {part.replace('_', ' ')} in '{name}'; set {key}") from None
+
+
 def text_encoder(config: Any, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The tokenizer and CLIP's text encoder, frozen."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-    name, part = clip_source(config, "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part)
-    name, part = clip_source(config, "text_encoder")
-    encoder = CLIPTextModelWithProjection.from_pretrained(name, subfolder=part, dtype=dtype)
+    tokenizer = from_source(config, "tokenizer", CLIPTokenizer)
+    encoder = from_source(config, "text_encoder", CLIPTextModelWithProjection, dtype=dtype)
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
@@ -49,15 +65,8 @@ def text_encoder_on_meta(config: Any) -> tuple[Any, Any]:
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-    try:
-        name, part = clip_source(config, "tokenizer")
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=part)
-        name, part = clip_source(config, "text_encoder")
-        settings = CLIPTextConfig.from_pretrained(name, subfolder=part)
-    except (OSError, TypeError):  # TypeError: what CLIPTokenizer says about a folder without vocabulary
-        raise ValueError(
-            f"there is no CLIP {part.replace('_', ' ') or 'text encoder'} in '{name}'; set clip_text_model_name"
-        ) from None
+    tokenizer = from_source(config, "tokenizer", CLIPTokenizer)
+    settings = from_source(config, "text_encoder", CLIPTextConfig)
     with torch.device("meta"):
         return tokenizer, CLIPTextModelWithProjection(settings)
 
@@ -66,8 +75,7 @@ def image_encoder(config: Any, device: torch.device) -> tuple[Callable[[Tensor],
     """Pixels (B, 3, H, W) in [0, 1] -> CLIP image embeddings (B, 1, D) in float32; and D."""
     from transformers import CLIPVisionModelWithProjection
 
-    name, part = clip_source(config, "image_encoder")
-    encoder = CLIPVisionModelWithProjection.from_pretrained(name, subfolder=part).requires_grad_(False).eval()
+    encoder = from_source(config, "image_encoder", CLIPVisionModelWithProjection).requires_grad_(False).eval()
     encoder = on_demand(config, encoder, device)
 
     def encode(pixels: Tensor) -> Tensor:

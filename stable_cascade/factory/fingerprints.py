@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.hub import hub_file
+
 from .clip import clip_source
 from .networks import SCRATCH, preset, source
 
@@ -101,15 +103,9 @@ def _part(config: Any, part: str) -> str:
 
 def _commit(place: str) -> str:
     """Hub name and commit of a network, from its small config file."""
-    from huggingface_hub import hf_hub_download
-
     name, _, folder = place.partition(":")
     file = "tokenizer_config.json" if folder == "tokenizer" else "config.json"
-    try:
-        path = hf_hub_download(name, file, subfolder=folder or None)
-    except (OSError, ValueError):
-        raise ValueError(f"'{name}' is no local folder, and the Hub cannot be reached; give a folder") from None
-    parts = Path(path).parts
+    parts = hub_file(name, file, subfolder=folder or None).parts
     return f"{place}@{parts[parts.index('snapshots') + 1]}"
 
 

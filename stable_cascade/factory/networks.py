@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from stable_cascade import models
+from stable_cascade.hub import HubError, NotAskedError, ask
 from stable_cascade.models.loading import single_file_config
 from stable_cascade.models.presets import PRESETS
 
@@ -119,11 +121,13 @@ def network_on_meta(config: Any, name: str) -> nn.Module:
         arguments = preset(config, name)
     else:
         try:
-            arguments = cls.load_config(where, subfolder=name)
-        except (OSError, ValueError):
+            arguments = ask(where, partial(cls.load_config, where, subfolder=name))
+        except NotAskedError:
+            raise
+        except HubError as error:
             raise ValueError(
-                f"pretrained_model_name_or_path '{where}' is no local folder, and the Hub has no such '{name}' or "
-                f"cannot be reached; give a folder, 'embedded' or a Hub name, or set {source_key(config, name)}"
+                f"pretrained_model_name_or_path: {error}; give a folder, 'embedded' or a Hub name, or set "
+                f"{source_key(config, name)}"
             ) from None
     with torch.device("meta"):
         return cls.from_config(arguments)
@@ -141,7 +145,7 @@ def network(config: Any, name: str, *, dtype: torch.dtype = torch.float32) -> An
         return cls.from_single_file(where, config=file_preset(config, name), torch_dtype=dtype)
     if Path(where).exists():
         return cls.from_pretrained(where, torch_dtype=dtype)
-    return cls.from_pretrained(where, subfolder=name, torch_dtype=dtype)
+    return ask(where, partial(cls.from_pretrained, where, subfolder=name, torch_dtype=dtype))
 
 
 def frozen(config: Any, name: str, device: torch.device, *, dtype: torch.dtype = torch.float32) -> Any:

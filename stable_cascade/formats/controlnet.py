@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 from .json_files import check_sizes, parse_json, read_json
@@ -39,7 +39,7 @@ def read_description(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is no safetensors file.
     """
-    place = Path(path)
+    place = local_path(path)
     if place.is_dir():
         file = place / DESCRIPTION
         return _checked(read_json(file), f"'{file}'") if file.is_file() else {}

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 from .checkpoints import NETWORK, is_checkpoint, split_checkpoint
@@ -32,7 +32,7 @@ def describe(path: str | PathLike[str]) -> Description:
     Raises:
         ValueError: there is none, it is damaged, or nothing that is known here; the error names what was found.
     """
-    place = Path(path)
+    place = local_path(path)
     if place.is_dir():
         from .folders import describe_folder
 

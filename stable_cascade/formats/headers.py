@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 MAX_HEADER = 16 * 2**20
@@ -69,7 +70,7 @@ def file_type(path: str | PathLike[str]) -> str:
     Raises:
         ValueError: there is no such file, or it is of a known kind that holds no weights.
     """
-    place = Path(path)
+    place = local_path(path)
     if not place.is_file():
         reason = "is a folder" if place.is_dir() else "does not exist"
         raise ValueError(f"{quoted(path)} {reason}; give the path of a weights file")
@@ -91,7 +92,7 @@ def read_header(path: str | PathLike[str]) -> Header:
     Raises:
         ValueError: there is no such file, it is no safetensors file, or its header does not fit the file.
     """
-    name, place = quoted(path), Path(path)
+    name, place = quoted(path), local_path(path)
     kind = file_type(place)
     if kind != "safetensors":
         raise ValueError(f"{name} is a {kind} file, no safetensors file")
@@ -210,9 +211,9 @@ def pickled_tensors(path: str | PathLike[str]) -> dict[str, Any]:
     """
     import torch
 
-    _check_archive(Path(path))
+    _check_archive(local_path(path))
     try:
-        content = torch.load(Path(path), map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(local_path(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged or hostile pickle makes its reader say
         raise ValueError(
             f"{quoted(path)} is a pickle file that cannot be read safely ({brief(error, 80)}); get .safetensors"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 MAX_BYTES = 8 * 2**20
@@ -27,7 +27,7 @@ def read_json(path: str | PathLike[str], *, remedy: str = "copy or download it a
         ValueError: it is larger than `MAX_BYTES`, no JSON, or no object.
         OSError: there is no such file.
     """
-    file, name = Path(path), f"'{brief(path)}'"
+    file, name = local_path(path), f"'{brief(path)}'"
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, and at most {MAX_BYTES:,} are read; {remedy}")

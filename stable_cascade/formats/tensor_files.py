@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 from .headers import Header, read_header
@@ -27,7 +27,7 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
 
     header = checked_header(path)
     try:
-        with safe_open(str(Path(path)), "pt") as file:
+        with safe_open(str(local_path(path)), "pt") as file:
             return {name: _tensor(file, name, path) for name in header.tensors}, header.metadata
     except SafetensorError as error:
         raise ValueError(f"{quoted(path)} is damaged ({brief(error)}); download it again") from None

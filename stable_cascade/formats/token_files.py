@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
 from .tensor_files import read_tensors
@@ -80,7 +81,7 @@ def convert_tokens(
     format = ALIASES.get(format, format)
     if format not in FORMATS:
         raise ValueError(f"format {quoted(format, 60)} of learned tokens is none of {', '.join([*FORMATS, *ALIASES])}")
-    place, out = Path(source), Path(target)
+    place, out = local_path(source), local_path(target)
     check_target(out, place, overwrite=overwrite)
     rows, left = read_token_file(place, token)
     if out.suffix != ".safetensors":

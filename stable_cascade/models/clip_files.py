@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
 from stable_cascade.formats.configs import read_configs
 from stable_cascade.formats.json_files import read_json
@@ -90,7 +90,7 @@ def clip_config(
     if isinstance(config, Mapping):
         return dict(config)
     if config is not None:
-        place = Path(config)
+        place = local_path(config)
         return read_json(place / "config.json" if place.is_dir() else place)
     size = size_of({name: tuple(value.shape) for name, value in weights.items()}, component)
     if size == "embedded":

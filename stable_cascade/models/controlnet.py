@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stable_cascade.disk import local_path
+
 from .efficientnet import EfficientNetFeatures
+from .pretrained import PretrainedMixin
 
 BOTTLENECKS = ("effnet", "simple", "large")
 RELEASED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
 
 
-class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class StableCascadeControlNet(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Residuals for chosen residual blocks of the prior.
 
     The prior resizes each to its grid and adds it before that block, counted over down then up, repeats included.
@@ -134,7 +136,7 @@ class StableCascadeControlNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         from .loading import load_single_file
 
         if config is None and isinstance(pretrained_model_link_or_path_or_dict, (str, PathLike)):
-            if Path(pretrained_model_link_or_path_or_dict).is_file():
+            if local_path(pretrained_model_link_or_path_or_dict).is_file():
                 config = read_description(pretrained_model_link_or_path_or_dict).get("config")
         return load_single_file(
             cls, "controlnet", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs
@@ -175,7 +177,7 @@ class StableCascadeMultiControlNet(ModelMixin):
         """Writes the folders `0`, `1` and so on."""
         for number, net in enumerate(self.nets):
             assert isinstance(net, StableCascadeControlNet)
-            folder = Path(save_directory) / str(number)
+            folder = local_path(save_directory) / str(number)
             net.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
 
     @classmethod
@@ -187,7 +189,7 @@ class StableCascadeMultiControlNet(ModelMixin):
         Raises:
             ValueError: there is no folder `0`.
         """
-        root = Path(pretrained_model_name_or_path)
+        root = local_path(pretrained_model_name_or_path)
         nets: list[StableCascadeControlNet] = []
         while (root / str(len(nets))).is_dir():
             nets.append(StableCascadeControlNet.from_pretrained(root / str(len(nets)), **kwargs))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import stable_cascade.models as classes
+from stable_cascade.disk import local_path
 from stable_cascade.formats import clip, controlnet
 from stable_cascade.formats.checkpoints import NETWORK, STAGES, merge_checkpoint, to_bare
 from stable_cascade.formats.configs import write_configs
@@ -101,7 +102,7 @@ def convert_networks(
         raise ValueError(f"format {quoted(format, 60)} is none of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {quoted(dtype, 60)} is none of {', '.join(DTYPES)}")
-    place, out = Path(source), Path(target)
+    place, out = local_path(source), local_path(target)
     check_target(out, place, overwrite=overwrite)
     contents = read_networks(place)
     try:

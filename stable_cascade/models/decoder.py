@@ -19,13 +19,14 @@ from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, ma
 from .initialisation import initialise
 from .modulation import blocks_of, embed_times, joined_mappers, modulate
 from .plain import resize, to_channels_last
+from .pretrained import PretrainedMixin
 from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, keys_values, run_stack
 
 PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
 
 
-class StableCascadeDecoder(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class StableCascadeDecoder(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage B's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the larger released one (the guide's "3B"). `num_attention_heads` may be 0 or -1 on a level

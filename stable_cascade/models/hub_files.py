@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from stable_cascade import hub
 from stable_cascade.redaction import bare_address
-from stable_cascade.wording import brief, quoted
+from stable_cascade.wording import quoted
 
 _ADDRESS = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:resolve|blob|raw)/([^/?#]+)/([^?#]+)"
@@ -23,10 +24,8 @@ def hub_file(address: str) -> Path:
     named = quoted(bare_address(address))
     if not found:
         raise ValueError(f"{named} is no file on huggingface.co; download it and give its path")
-    from huggingface_hub import hf_hub_download
-
     repository, revision, name = found.groups()
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except Exception as error:  # HTTP clients, proxies, the offline mode and the cache each have errors of their own
-        raise ValueError(f"{named} cannot be had from the Hub ({type(error).__name__}: {brief(error, 120)})") from None
+        return hub.hub_file(repository, name, revision=revision)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None

@@ -13,12 +13,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .efficientnet import EfficientNetFeatures
+from .pretrained import PretrainedMixin
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class StableCascadeImageEncoder(ModelMixin, ConfigMixin):
+class StableCascadeImageEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
     """Semantic latents of pictures in [0, 1]; the defaults are the released encoder.
 
     EfficientNetV2 features, a 1x1 convolution and a batch norm without weights, which gives latents of about unit

@@ -6,12 +6,12 @@ import difflib
 import warnings
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
 from stable_cascade.formats.configs import read_configs
 from stable_cascade.formats.detection import describe_tensors, infos_of
@@ -93,7 +93,7 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, s
     Raises:
         ValueError: there is no such file, or it holds no state dict.
     """
-    file = hub_file(str(path)) if str(path).startswith(("http:", "https:")) else Path(path)
+    file = hub_file(str(path)) if str(path).startswith(("http:", "https:")) else local_path(path)
     if file.suffix == ".safetensors" or file_type(file) != "pickle":
         return read_tensors(file)
     warnings.warn(f"{file.name} is a pickle file; only its tensors are read. Prefer .safetensors", stacklevel=4)
@@ -179,7 +179,7 @@ def single_file_config(cls: type[Any], component: str, path: str | PathLike[str]
 
 
 def _read_config(config: str | PathLike[str], component: str) -> dict[str, Any]:
-    path = Path(config)
+    path = local_path(config)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         names = ", ".join(PRESETS[component])

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats import controlnet
 from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
 from stable_cascade.formats.configs import KEY, read_configs
@@ -67,7 +68,7 @@ def read_networks(source: str | Path) -> Contents:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    place = Path(source)
+    place = local_path(source)
     if not place.is_dir():
         return _of_file(place)
     if (place / INDEX).is_file():

@@ -10,8 +10,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from .pretrained import PretrainedMixin
 
-class StableCascadePreviewer(ModelMixin, ConfigMixin):
+
+class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
     """Rough pictures of semantic latents, eight times their size; the defaults are the released previewer.
 
     Trained towards pixels in [0, 1] and not clamped.

@@ -19,6 +19,7 @@ from .blocks import layer_norm
 from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_tokens, read_out
 from .initialisation import initialise
 from .modulation import blocks_of, embed_times, joined_mappers, modulate
+from .pretrained import PretrainedMixin
 from .prompt_windows import attended_tokens
 from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, keys_values, run_stack
 
@@ -26,7 +27,7 @@ TEXT_TOKENS = 77
 LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
 
 
-class StableCascadePrior(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class StableCascadePrior(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage C's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the released 3.6B. `num_attention_heads` may be 0 or -1 on a level without attention;

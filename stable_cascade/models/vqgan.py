@@ -15,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .pretrained import PretrainedMixin
 from .products import apply_linear
 from .tiling import WHOLE_BELOW, decode_margin, default_tile_side, encode_margin, tile_side, tiled
 
@@ -136,7 +137,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(latents=latents + (codes - latents).detach(), indices=indices, loss=loss)
 
 
-class StableCascadeVQGAN(ModelMixin, ConfigMixin):
+class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
     """Autoencoder between pixels and `vq_latents`; the defaults are the released Stage A.
 
     Names, config keys and behaviour are those of diffusers' `PaellaVQModel`. `scale_factor` is applied by the caller:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.json_files import read_config
 from stable_cascade.wording import brief, quoted
 
@@ -96,6 +97,10 @@ class FromFolderMixin:
                 parts[name] = load_folder(name, place, dtype_of(torch_dtype, name), variant, of_prior=of_prior)
         values = {key: value for _, index in folders for key, value in index.items() if key in settings}
         return cls(**(values | parts | kwargs))
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes every component and `model_index.json` into a folder; arguments as diffusers has them."""
+        super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_single_file(cls, *files: str | Path, **kwargs: Any) -> Any:

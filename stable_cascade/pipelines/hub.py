@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stable_cascade.wording import brief
+from stable_cascade.hub import ask
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _PLAIN = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
@@ -19,25 +20,19 @@ def hub_folder(
     """The local copy of a repository: these parts' folders, each in its variant where it has one, and single files.
 
     Raises:
-        ValueError: the Hub does not know the repository, or cannot be reached and nothing is in the cache.
+        HubError: the Hub does not know the repository, or cannot be reached and nothing is in the cache.
     """
     from huggingface_hub import snapshot_download
 
     options = {key: value for key, value in options.items() if key != "proxies"}
-    listed = _listed(name, options) if parts else None
+    listed = ask(name, partial(_listed, name), **options) if parts else None
     wanted = ["model_index.json", *files]
     for part in parts:
         wanted += [f"{part}/*.json", f"{part}/*.txt", *_weights(part, variant, listed)]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, **options))
-    except Exception as error:  # HTTP clients, proxies, the offline mode and the cache each have errors of their own
-        raise ValueError(
-            f"'{name}' cannot be had from the Hub ({type(error).__name__}: {brief(error)}); give a local folder, "
-            "or check the name and the network"
-        ) from error
+    return Path(ask(name, partial(snapshot_download, name, allow_patterns=wanted), **options))
 
 
-def _listed(name: str, options: Mapping[str, Any]) -> list[str] | None:
+def _listed(name: str, **options: Any) -> list[str] | None:
     """The repository's files; None where the Hub cannot be asked, and the cache decides."""
     if options.get("local_files_only"):
         return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.json_files import read_config
 
 from .hub import hub_folder
@@ -36,7 +37,7 @@ def folders_of(
     index = _index(folder)
     if prior_name is None and "prior" in missing and _place(folder, _folder_name("prior", small), index) is None:
         beside = f"{name}-prior"
-        prior_name = beside if Path(beside).is_dir() or not Path(name).is_dir() else None
+        prior_name = beside if local_path(beside).is_dir() or not local_path(name).is_dir() else None
     folders = [(folder, index)]
     if prior_name is not None:
         prior_folder = _folder(prior_name, [part for part in missing if part in PRIOR_PARTS], small, variant, hub)
@@ -53,7 +54,7 @@ def _folder(
     name: str | Path, parts: list[str], small: Sequence[str], variant: str | None, hub: dict[str, Any]
 ) -> Path:
     """The local folder, or the Hub repository's, downloaded as far as the parts need it."""
-    path = Path(name)
+    path = local_path(name)
     if path.is_dir():
         return path
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
 from stable_cascade.formats.descriptions import Description
 from stable_cascade.formats.detection import describe
@@ -73,7 +74,7 @@ def pipeline_of_files(
     parts = _Parts()
     for file, expected in [*((one, None) for one in files), (stage_c, "prior"), (stage_b, "decoder")]:
         if file is not None:
-            place = hub_file(str(file)) if str(file).startswith(("http:", "https:")) else Path(file)
+            place = hub_file(str(file)) if str(file).startswith(("http:", "https:")) else local_path(file)
             _add_file(parts, place, expected, [name for name in needed if name not in kwargs], cls.__name__)
     _add_config(parts, config)
     given = {name: kwargs.pop(name) for name in needed if name in kwargs}
@@ -117,7 +118,7 @@ def _add_config(parts: _Parts, config: str | Path | Mapping[str, Any] | None) ->
     if isinstance(config, Mapping):
         parts.configs |= config
     elif config is not None:
-        folder = Path(config)
+        folder = local_path(config)
         if not (folder / INDEX).is_file():
             raise ValueError(
                 f"config {quoted(config)} is no folder of a pipeline, with {INDEX}; or give component -> config"
@@ -186,7 +187,7 @@ def _given(name: str, value: Any, dtype: torch.dtype | dict[str, torch.dtype] | 
     """
     if not isinstance(value, str | Path):
         return value
-    place, wanted = Path(value), dtype_of(dtype, name)
+    place, wanted = local_path(value), dtype_of(dtype, name)
     if place.is_file():
         return _of_file(name, place, parts.configs.get(name), wanted)
     if place.is_dir():

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.writing import whole, write_tensors
 from stable_cascade.wording import quoted
 
@@ -68,7 +69,7 @@ def write(
     where the tool looks for them: into the file (OneTrainer, and the original as rows to add), into
     `learned_embeds.safetensors` (a folder), or into a folder `<name>_embeddings` with a file for each.
     """
-    format, path = format_name(format), Path(target)
+    format, path = format_name(format), local_path(target)
     if path.suffix != ".safetensors" and format != "peft":
         raise ValueError(f"target {quoted(target)} does not end in .safetensors, as a file in {format} format has to")
     file = path if path.suffix == ".safetensors" else path / WEIGHT_NAME

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.disk import local_path
 from stable_cascade.formats.headers import file_type, pickled_tensors
 from stable_cascade.formats.tensor_files import read_tensors
 from stable_cascade.wording import brief, quoted
@@ -32,7 +33,7 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> LoraFile:
         name, tensors = "state dict", dict(source)
     else:
         name = str(source)
-        tensors, header = _read_file(Path(source))
+        tensors, header = _read_file(local_path(source))
     try:
         return _parsed(name, tensors, header)
     except ValueError as problem:

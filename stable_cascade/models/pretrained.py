@@ -1,0 +1,39 @@
+"""`from_pretrained` and `save_pretrained` of the networks, by the rules for every path and Hub name."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from stable_cascade.disk import local_path
+from stable_cascade.hub import ask
+
+Place = str | os.PathLike[str]
+
+
+class PretrainedMixin:
+    """The first base of each network, before diffusers' own."""
+
+    if TYPE_CHECKING:  # what diffusers' base has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Place, **kwargs: Any) -> Any:
+        """The network in a folder, or in a repository of the Hub; arguments as diffusers has them.
+
+        Raises:
+            HubError: there is no such folder, and the Hub has no such repository or cannot be reached.
+        """
+        load = super().from_pretrained  # type: ignore[misc]
+        place = local_path(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        # What can be no Hub name is diffusers' to refuse.
+        if place.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+            return load(place, **kwargs)
+        return ask(name, partial(load, name), **kwargs)
+
+    def save_pretrained(self, save_directory: Place, *args: Any, **kwargs: Any) -> None:
+        """Writes config and weights into a folder; arguments as diffusers has them."""
+        super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]
