@@ -15,6 +15,10 @@ LONGEST_SHAPE = 20
 """How many times longer than the other one side of an image may be: to cover a square, it grows that many times."""
 JSON_FILE = 8 * MIB
 """Bytes of a JSON file or of a header's entry; those of the released models have some thousand."""
+TENSORS = 20_000
+"""Tensors of one file; the largest of the released networks has some thousand."""
+PICKLE_ENTRIES = 10_000
+"""Entries of a pickle's archive, one for each tensor and some more."""
 RUN_RECORD = 64 * MIB
 """Bytes of a checkpoint's run.json; a sharded run lists each file of each process."""
 CAPTION_FILE = 64 * 2**10

@@ -127,6 +127,9 @@ def lora_path(path: str | Path, weight_name: str | None = None) -> Path:
     if path.is_dir() and weight_name is None:
         if (path / files.WEIGHT_NAME).exists():
             return path / files.WEIGHT_NAME
+        adapter = next((path / name for name in files.ADAPTER_NAMES if (path / name).is_file()), None)
+        if adapter is not None:
+            return adapter
         found = sorted(file for file in path.glob("*.safetensors") if file.name != EMBEDS_NAME)
         if len(found) == 1:
             return found[0]

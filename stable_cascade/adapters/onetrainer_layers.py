@@ -38,8 +38,8 @@ class OneTrainerConv2d(Conv2d):
         if base.groups == 1:
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
-        if config.use_dora or config.lora_bias:
-            raise ValueError(f"a convolution with {base.groups} groups takes plain LoRA only; leave it out")
+        if config.lora_bias:
+            raise ValueError(f"a convolution with {base.groups} groups takes no bias of a LoRA; leave it out")
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         dropout = config.lora_dropout
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -47,12 +47,47 @@ class OneTrainerConv2d(Conv2d):
             base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation, bias=False
         )
         self.lora_B[adapter_name] = nn.Conv2d(r, base.out_channels // base.groups, 1, bias=False)
-        self.lora_bias[adapter_name] = self.use_dora[adapter_name] = False
+        self.lora_bias[adapter_name] = False
+        self.use_dora[adapter_name] = config.use_dora
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = OutputMagnitude(base.out_channels)
+            self.lora_variant[adapter_name] = OutputDora()
         self.use_rslora[adapter_name] = config.use_rslora
         self.scaling[adapter_name] = lora_alpha / (r**0.5 if config.use_rslora else r)
         nn.init.zeros_(self.lora_B[adapter_name].weight)  # type: ignore[arg-type]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_delta_weight(self, adapter: str) -> Any:
+        """What an adapter adds to the weight; for a grouped one as OneTrainer's DoRA adds it."""
+        base: Any = self.get_base_layer()
+        if base.groups == 1:
+            return super().get_delta_weight(adapter)
+        factors: Any = (self.lora_B[adapter], self.lora_A[adapter])
+        up, down = (factor.weight for factor in factors)
+        return (up.flatten(1) @ down.flatten(1)).view(base.weight.shape) * self.scaling[adapter]
+
+
+class OutputMagnitude(nn.Module):
+    """The trained lengths of a grouped convolution's outputs, under the name that PEFT gives them."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, outputs, 1, 1))
+
+
+class OutputDora(LoraVariant):
+    """DoRA over the outputs of a grouped convolution: W' = diag(m / |rows|) (W + s B A)."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output with the adapter, from its output without."""
+        base = module.get_base_layer()
+        whole = base.weight.float() + module.get_delta_weight(active_adapter).float()
+        lengths = whole.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        magnitude = module.lora_magnitude_vector[active_adapter].weight.float().reshape(-1)
+        change = whole * (magnitude / lengths).reshape(-1, 1, 1, 1) - base.weight.float()
+        return result + base._conv_forward(module.lora_dropout[active_adapter](x), change.to(x.dtype), None)
 
 
 class InputDora(LoraVariant):
@@ -64,8 +99,13 @@ class InputDora(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The layer's output with the adapter, from its output without."""
-        factor = InputDora._factor(module, active_adapter, module.get_base_layer().weight).to(x.dtype)
+        base = module.get_base_layer()
+        factor = InputDora._factor(module, active_adapter, base.weight).to(x.dtype)
         x = module.lora_dropout[active_adapter](x)
+        if getattr(base, "groups", 1) > 1:  # its one magnitude is that of the whole weight, to which B A is added
+            whole = base.weight.float() + module.get_delta_weight(active_adapter).float()
+            change = (whole * factor.float().reshape(1, -1, 1, 1) - base.weight.float()).to(x.dtype)
+            return result + base._conv_forward(x, change, None)
         # A linear layer has its inputs in the last axis, a convolution in the second.
         shape = (1, -1, 1, 1) if module.get_base_layer().weight.ndim == 4 else (-1,)
         own = x * factor.reshape(shape)

@@ -63,6 +63,9 @@ def _located(
     path = local_path(source)
     if not path.exists() and str(source).count("/") == 1 and not path.suffix:
         embeds = from_hub(str(source), EMBEDS_NAME, hub, missing_ok=True)
+        if weight_name is None and from_hub(str(source), files.CONFIG_NAME, hub, missing_ok=True) is not None:
+            safe, pickled = files.ADAPTER_NAMES
+            return from_hub(str(source), safe, hub, missing_ok=True) or from_hub(str(source), pickled, hub), embeds
         file = from_hub(str(source), weight_name or files.WEIGHT_NAME, hub, missing_ok=embeds is not None)
         return file, embeds
     beside = (path if path.is_dir() else path.parent) / EMBEDS_NAME

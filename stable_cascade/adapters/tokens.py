@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats.tensor_files import read_tensors
+from stable_cascade.formats.tensor_files import read_weights
 from stable_cascade.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def read_learned_embeds(path: str | Path, token: str | None = None) -> dict[str,
     Raises:
         ValueError: the file is damaged or holds something else, or the row has no name and `token` gives none.
     """
-    (embeds, header), named = read_tensors(path), f"learned tokens {quoted(path)}"
+    (embeds, header), named = read_weights(path), f"learned tokens {quoted(path)}"
     if "clip_g_out" in embeds:
         raise ValueError(f"{named} are output embeddings of OneTrainer, which are not used here; train without them")
     unnamed = next((key for key in ("emb_params", "clip_g") if key in embeds), None)

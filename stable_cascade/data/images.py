@@ -144,9 +144,9 @@ def _formats() -> list[str]:
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
-    bounds.check_shape(*size)
     if size[0] * size[1] > LARGEST_PICTURE:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {LARGEST_PICTURE:,}; shrink the picture")
+    bounds.check_shape(*size)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from stable_cascade import bounds
 from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
@@ -219,10 +220,16 @@ def pickled_tensors(path: str | PathLike[str]) -> dict[str, Any]:
             f"{quoted(path)} is a pickle file that cannot be read safely ({brief(error, 80)}); get .safetensors"
         ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):  # a token of A1111
+        rows = list(content["string_to_param"].values())
+        content = {str(content.get("name") or "emb_params"): rows[0]} if len(rows) == 1 else {}
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
     ):
         raise ValueError(f"{quoted(path)} is a pickle file that holds no state dict; give a file of network weights")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(f"{quoted(path)}: {quoted(name, 60)} claims more values than the file has")
     return content
 
 
@@ -243,6 +250,8 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"{quoted(path)} is a damaged pickle file, or one of a torch before 1.6; get the .safetensors file"
         ) from None
+    if len(entries) > bounds.PICKLE_ENTRIES:
+        raise ValueError(f"{quoted(path)} has {len(entries):,} entries; at most {bounds.PICKLE_ENTRIES:,} are read")
     packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
         entry = quoted(packed.filename, 60)

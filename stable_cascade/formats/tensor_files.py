@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
 from torch import Tensor
 
+from stable_cascade import bounds
 from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
-from .headers import Header, read_header
+from .headers import Header, file_type, pickled_tensors, read_header
 
 MAX_NAME = 300
 """Characters of the longest name of a tensor; the longest of the released networks has 80."""
@@ -33,6 +35,21 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         raise ValueError(f"{quoted(path)} is damaged ({brief(error)}); download it again") from None
 
 
+def read_weights(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file or of a pickle of tensors, and the metadata, which only the first has.
+
+    Raises:
+        ValueError: as `read_tensors` and `pickled_tensors`.
+    """
+    place = local_path(path)
+    if place.suffix == ".safetensors" or file_type(place) != "pickle":
+        return read_tensors(place)
+    warnings.warn(f"{place.name} is a pickle file; only its tensors are read. Prefer .safetensors", stacklevel=3)
+    tensors = pickled_tensors(place)
+    check_names(tensors, quoted(path))
+    return tensors, {}
+
+
 def checked_header(path: str | PathLike[str]) -> Header:
     """The header of a file whose names can be printed.
 
@@ -50,6 +67,9 @@ def check_names(names: Iterable[Any], named: str) -> None:
     Raises:
         ValueError: one is no text, empty, too long, or has characters that do not print.
     """
+    names = list(names)
+    if len(names) > bounds.TENSORS:
+        raise ValueError(f"{named} has {len(names):,} tensors; at most {bounds.TENSORS:,} are read")
     for name in names:
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise ValueError(

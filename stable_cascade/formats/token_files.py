@@ -10,7 +10,7 @@ from torch import Tensor
 from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
-from .tensor_files import read_tensors
+from .tensor_files import read_weights
 from .writing import check_target, whole, write_tensors
 
 FORMATS = ("diffusers", "comfyui")
@@ -45,7 +45,7 @@ def read_token_file(path: str | Path, token: str | None = None) -> tuple[dict[st
     Raises:
         ValueError: the token has no name, or the file holds no rows.
     """
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_weights(path)
     if "embeddings.indices" in tensors:
         raise ValueError(
             f"{quoted(path)} has the original's learned tokens, differences to rows of its base without the tokens' "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from stable_cascade.disk import local_path
+from stable_cascade.formats import tensor_files
 from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
 from stable_cascade.formats.configs import read_configs
 from stable_cascade.formats.detection import describe_tensors, infos_of
-from stable_cascade.formats.headers import file_type, pickled_tensors
 from stable_cascade.formats.json_files import read_config
 from stable_cascade.formats.lora_facts import is_lora
 from stable_cascade.formats.networks import from_original
 from stable_cascade.formats.signatures import TITLES, component_of, size_of, what_else
-from stable_cascade.formats.tensor_files import check_kinds, check_names, checked_header, read_tensors
+from stable_cascade.formats.tensor_files import check_kinds, check_names, checked_header
 from stable_cascade.wording import brief, quoted
 
 from .hub_files import hub_file
@@ -94,10 +93,7 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, s
         ValueError: there is no such file, or it holds no state dict.
     """
     file = hub_file(str(path)) if str(path).startswith(("http:", "https:")) else local_path(path)
-    if file.suffix == ".safetensors" or file_type(file) != "pickle":
-        return read_tensors(file)
-    warnings.warn(f"{file.name} is a pickle file; only its tensors are read. Prefer .safetensors", stacklevel=4)
-    return pickled_tensors(file), {}
+    return tensor_files.read_weights(file)
 
 
 def weights_of(state_dict: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:

@@ -21,12 +21,15 @@ from .original import (
     positional_targets,
 )
 from .part import Part, is_depthwise
+from .peft_config import ADAPTER_NAMES, CONFIG_NAME
 from .reading import read
 from .report import Report
 
 __all__ = [
+    "ADAPTER_NAMES",
     "ALIASES",
     "COMPONENTS",
+    "CONFIG_NAME",
     "EMBEDS_NAME",
     "FORMATS",
     "METADATA_KEY",

@@ -48,7 +48,7 @@ def read_metadata(header: Mapping[str, str] | None) -> dict[str, dict[str, Any]]
     configs = split_components(parse_json(text, f"header entry {METADATA_KEY}")) if text else {}
     for component, config in configs.items():
         for key, value in config.items():
-            if not _sound(key, value):
+            if not sound(key, value):
                 raise ValueError(
                     f"has {quoted(value, 60)} as the {component}'s {key} in its header; take {METADATA_KEY} out of it"
                 )
@@ -121,7 +121,7 @@ def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"^({'|'.join(same)})": value for value, same in names.items()}
 
 
-def _sound(key: str, value: Any) -> bool:
+def sound(key: str, value: Any) -> bool:
     """Whether a value of a LoraConfig is of its kind, for the keys that are used."""
     if key in ("lora_alpha", "r"):
         return value is None or _number(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats.headers import file_type, pickled_tensors
-from stable_cascade.formats.tensor_files import read_tensors
+from stable_cascade.formats.tensor_files import read_weights
 from stable_cascade.wording import brief, quoted
 
 from .file import LoraFile
 from .keys import POSITIONAL, TOKENS, detect, place
-from .metadata import METADATA_KEY, read_metadata
+from .metadata import METADATA_KEY, read_metadata, sound
 from .original import original_tokens
 from .part import TENSORS, layers_of
+from .peft_config import ADAPTER_NAMES, CONFIG_NAME, read_peft_config
 
 
 def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> LoraFile:
@@ -33,20 +34,26 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> LoraFile:
         name, tensors = "state dict", dict(source)
     else:
         name = str(source)
-        tensors, header = _read_file(local_path(source))
+        tensors, header = read_weights(source)
     try:
-        return _parsed(name, tensors, header)
+        lora = _parsed(name, tensors, header)
     except ValueError as problem:
         raise ValueError(f"LoRA {quoted(name)} {problem}") from None
+    return lora if isinstance(source, Mapping) else _with_config(lora, local_path(source))
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    import logging
-
-    if path.suffix == ".safetensors" or file_type(path) != "pickle":
-        return read_tensors(path)
-    logging.getLogger(__name__).warning("%s is a pickle file; only its tensors are read, convert it", quoted(path))
-    return pickled_tensors(path), {}
+def _with_config(lora: LoraFile, path: Path) -> LoraFile:
+    """The LoRA with the config that PEFT has written beside it; a file that tells its own scale keeps that."""
+    told = lora.metadata or any(lora.alphas.values()) or lora.format != "peft"
+    if told or path.name not in ADAPTER_NAMES or not (path.parent / CONFIG_NAME).is_file():
+        return lora
+    config = read_peft_config(path.parent)
+    wrong = next((key for key, value in config.items() if not sound(key, value)), None)
+    if wrong is not None:
+        raise ValueError(f"{quoted(path.parent / CONFIG_NAME)} has {quoted(config[wrong], 60)} as {wrong}; mend it")
+    if config.get("use_dora") and not any("magnitude" in key for part in lora.parts.values() for key in part):
+        raise ValueError(f"{quoted(path)} has no DoRA magnitudes, and its {CONFIG_NAME} says use_dora; get it again")
+    return replace(lora, metadata=dict.fromkeys(lora.parts, config))
 
 
 def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> LoraFile:
