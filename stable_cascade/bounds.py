@@ -13,6 +13,8 @@ IMAGE_FILE = 256 * MIB
 """Bytes of an image file."""
 LONGEST_SHAPE = 20
 """How many times longer than the other one side of an image may be: to cover a square, it grows that many times."""
+DRAWN_SIDE, STEPS, COPIES = 16_384, 10_000, 10_000
+"""Pixels of a side, steps and images per prompt that a pipeline draws."""
 JSON_FILE = 8 * MIB
 """Bytes of a JSON file or of a header's entry; those of the released models have some thousand."""
 TENSORS = 20_000

@@ -13,6 +13,7 @@ from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
 from .callbacks import CALLBACK_TENSORS, step_callback
 from .folders import FromFolderMixin
+from .habits import HabitsMixin
 from .inputs import check_size
 from .outputs import check_output_type
 from .prompts import PromptArguments
@@ -22,7 +23,7 @@ from .tiling import VAETilingMixin
 
 
 class StableCascadeDecoderPipeline(  # type: ignore[misc]
-    FromFolderMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+    HabitsMixin, FromFolderMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
     """Semantic latents to pictures.
 
@@ -105,14 +106,14 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
             pooled_only=True,
         ).for_count(len(semantic))
         call = begin(self, source, arguments, num_images_per_prompt, generator)
-        on_step = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        on_step = step_callback(self, settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         text = embed_text(self, call, settings)
         semantic = semantic.repeat_interleave(num_images_per_prompt, dim=0).to(call.device)
         vq_latents = draw_vq(self, call, text, semantic, settings, latents=latents, on_step=on_step)
         pictures = decode(self, call, vq_latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        return ImagePipelineOutput(images=pictures) if return_dict else pictures
 
 
 def semantic_batch(image_embeddings: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stable_cascade.models.prompt_windows import attended_tokens, encode_windows, prompt_windows
 
-from .inputs import check_count, prompt_list
+from .inputs import check_count, prompt_list, whole
 
 Embedded = tuple[Tensor, Tensor]
 """Hidden states (B, L, D) and pooled text (B, 1, P)."""
@@ -44,12 +44,18 @@ class EncodePromptMixin:
         Raises:
             ValueError: no text encoder, a prompt that is too long, or a mistake in the weights.
         """
+        if isinstance(prompt, torch.device) or (isinstance(prompt, str) and isinstance(negative_prompt, int)):
+            raise ValueError(
+                "encode_prompt takes the prompt first here: encode_prompt(prompt, negative_prompt, "
+                "num_images_per_prompt); docs/migration.md says what it returns"
+            )
         prompts = prompt_list(prompt)
         negatives = prompt_list("" if negative_prompt is None else negative_prompt, "negative_prompt")
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(
                 f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; give one, or one per prompt"
             )
+        num_images_per_prompt = whole(num_images_per_prompt)
         check_count(num_images_per_prompt)
         if self.text_encoder is None:
             raise ValueError("encode_prompt needs a text_encoder, and this pipeline has none")

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stable_cascade.disk import local_path
+from stable_cascade.formats.headers import read_header
 from stable_cascade.formats.json_files import read_config
 from stable_cascade.wording import brief, quoted
 
+from .habits import without_foreign
 from .hub import HUB_OPTIONS
 from .places import WITHOUT_WEIGHTS, check_places, find, folders_of, has_variant, small_networks
 
@@ -64,18 +66,21 @@ class FromFolderMixin:
             pretrained_model_name_or_path: a whole cascade, or Stability's `stable-cascade` or `stable-cascade-prior`.
             prior_pretrained_model_name_or_path: where Stage C's parts are, when the first has none; by default the
                 first with `-prior` appended.
-            torch_dtype: of the networks, or of each by name and of the others as `default`; by default float32.
+            torch_dtype: of the networks, or of each by name and of the others as `default`; a torch type, its name, or
+                `auto` for what the files hold; by default float32.
             variant: `bf16` and the like, part of the weights' file names; a component without it is loaded plain.
             lite: True for the small networks of both stages, `prior_lite` and `decoder_lite`, or the names of those
                 that are to be small, `("prior",)`.
             **kwargs: components by name to use instead of the folder's, config values, and Hub options (revision,
-                token, cache_dir, local_files_only).
+                token, cache_dir, local_files_only). `device_map`: a device to put the pipeline on.
 
         Raises:
             ValueError: a component is in no folder, no component has the variant, or an unknown keyword.
         """
         needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         torch_dtype = kwargs.pop("dtype", torch_dtype)
+        device = device_of(kwargs.pop("device_map", None))
+        kwargs = without_foreign(kwargs)
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
         unknown = sorted(set(kwargs) - set(needed) - set(settings))
@@ -94,9 +99,11 @@ class FromFolderMixin:
         for name, place in places.items():
             if place is not None:
                 of_prior = name == "prior_scheduler" or "Prior" in cls.__name__
-                parts[name] = load_folder(name, place, dtype_of(torch_dtype, name), variant, of_prior=of_prior)
+                dtype = dtype_of(torch_dtype, name, place)
+                parts[name] = load_folder(name, place, dtype, variant, of_prior=of_prior)
         values = {key: value for _, index in folders for key, value in index.items() if key in settings}
-        return cls(**(values | parts | kwargs))
+        made = cls(**(values | parts | kwargs))
+        return made if device is None else made.to(device)  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Writes every component and `model_index.json` into a folder; arguments as diffusers has them."""
@@ -130,12 +137,70 @@ class FromFolderMixin:
             if type(components.get(name)).__name__ in ("StableCascadeUNet", "PaellaVQModel"):
                 components[name] = _own_network(name, components[name])
         self.register_modules(**components)
+        types = {name: part.dtype for name, part in components.items() if isinstance(part, torch.nn.Module)}
+        if len(set(types.values())) > 1:
+            told = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in types.items())
+            logger.warning("components of different types (%s); pass torch_dtype, or call .to(dtype)", told)
+
+    def _own_scheduler(self, name: str, scheduler: Any) -> Any:
+        """Ours in place of diffusers' one.
+
+        Raises:
+            ValueError: another kind of scheduler.
+        """
+        if type(scheduler).__name__ == "DDPMWuerstchenScheduler":
+            alone = "prior" in self.config and "decoder" not in self.config
+            return own_scheduler(dict(scheduler.config), name == "prior_scheduler" or alone)
+        if not hasattr(scheduler, "noise_condition"):
+            raise ValueError(
+                f"{name} {type(scheduler).__name__} does not know Stable Cascade's noise; give a "
+                "StableCascadeScheduler, or diffusers' DDPMWuerstchenScheduler"
+            )
+        return scheduler
 
 
-def dtype_of(dtype: torch.dtype | dict[str, torch.dtype] | None, name: str) -> torch.dtype:
-    """The type meant for a component, float32 where none is."""
+def device_of(device_map: Any) -> torch.device | None:
+    """The device that diffusers' `device_map` names.
+
+    Raises:
+        ValueError: it asks for a placement over several devices.
+    """
+    if device_map is None or isinstance(device_map, torch.device):
+        return device_map
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device_map {quoted(device_map)} is no device; name one, such as 'cuda', or load without it and call "
+            "enable_model_cpu_offload()"
+        ) from None
+
+
+def dtype_of(dtype: Any, name: str, place: Path | None = None) -> torch.dtype:
+    """The type meant for a component, float32 where none is; `auto` is that of its weights in `place`.
+
+    Raises:
+        ValueError: it is no type that networks have.
+    """
     meant = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-    return meant or torch.float32
+    if meant == "auto":
+        meant = _stored_type(place)
+    if isinstance(meant, str):
+        meant = getattr(torch, meant.removeprefix("torch."), meant)
+    if meant is None or (isinstance(meant, torch.dtype) and meant in (torch.float32, torch.bfloat16, torch.float16)):
+        return meant or torch.float32
+    raise ValueError(f"torch_dtype {quoted(meant)} is none of float32, bfloat16, float16, 'auto'")
+
+
+def _stored_type(place: Path | None) -> torch.dtype:
+    """The type of a component's first weights of floating-point numbers."""
+    files = sorted(place.glob("*.safetensors")) if place is not None and place.is_dir() else [place] if place else []
+    types = ("float32", "float16", "bfloat16")
+    for file in files:
+        found = next((info.dtype for info in read_header(file).tensors.values() if info.dtype in types), None)
+        if found is not None:
+            return getattr(torch, found)
+    return torch.float32
 
 
 def load_folder(name: str, place: Path, dtype: torch.dtype, variant: str | None, *, of_prior: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
@@ -11,23 +12,40 @@ from typing import Any
 import torch
 from torch import Generator
 
+from stable_cascade import bounds
+
 Generators = Generator | list[Generator]
 
 SMALLEST_SIDE = 64
 
 
+def whole(value: Any) -> Any:
+    """A whole number of numpy or torch as Python's; anything else is what it was."""
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError, ValueError):
+        return value
+
+
 def check_size(height: int, width: int) -> None:
-    """Raises ValueError unless both sides are multiples of 8 and at least 64."""
+    """Raises ValueError unless both sides are multiples of 8, at least 64 and not beyond reason."""
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int) or side % 8 or side < SMALLEST_SIDE:
-            nearest = max(SMALLEST_SIDE, round(side / 8) * 8) if isinstance(side, int | float) else SMALLEST_SIDE
+            number = isinstance(side, int | float) and math.isfinite(side)
+            nearest = max(SMALLEST_SIDE, round(side / 8) * 8) if number else SMALLEST_SIDE
             raise ValueError(f"{name} {side!r} is not a multiple of 8 from {SMALLEST_SIDE} up; nearest: {nearest}")
+        if side > bounds.DRAWN_SIDE:
+            raise ValueError(
+                f"{name} {side!r} is too large; pictures are drawn up to {bounds.DRAWN_SIDE:,} pixels a side"
+            )
 
 
 def check_steps(steps: Any, name: str = "num_inference_steps") -> None:
-    """Raises ValueError unless it is a positive whole number."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"{name} {steps!r} is not a positive whole number; 10 to 30 are usual")
+    """Raises ValueError unless it is a positive whole number of a sensible size."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= bounds.STEPS:
+        raise ValueError(f"{name} {steps!r} is not a positive whole number up to {bounds.STEPS:,}; 10 to 30 are usual")
 
 
 def check_cache_interval(interval: Any) -> None:
@@ -81,8 +99,10 @@ def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:
 
 def check_count(num_images_per_prompt: int) -> None:
     """Raises ValueError unless it is a positive whole number."""
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt {num_images_per_prompt!r} is not a positive whole number")
+    if not isinstance(num_images_per_prompt, int) or not 1 <= num_images_per_prompt <= bounds.COPIES:
+        raise ValueError(
+            f"num_images_per_prompt {num_images_per_prompt!r} is not a positive whole number up to {bounds.COPIES:,}"
+        )
 
 
 def resolve_generator(generator: Generator | Sequence[Generator] | None, images: int) -> Generators:
@@ -97,6 +117,10 @@ def resolve_generator(generator: Generator | Sequence[Generator] | None, images:
         return fresh
     if isinstance(generator, Generator):
         return generator
+    if not isinstance(generator, list | tuple) or not all(isinstance(one, Generator) for one in generator):
+        raise ValueError(
+            f"generator is {type(generator).__name__} {generator!r}; give torch.Generator().manual_seed(…), or a list"
+        )
     if len(generator) != images:
         raise ValueError(f"generator is a list of {len(generator)} for {images} images; give one, or one per image")
     return list(generator)

@@ -15,6 +15,7 @@ from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
 from .encoding import EncodePromptMixin
 from .folders import FromFolderMixin
+from .habits import HabitsMixin
 from .inputs import default_side
 from .outputs import StableCascadePriorPipelineOutput, check_output_type
 from .prompts import PromptArguments
@@ -24,7 +25,7 @@ from .stages import begin, check_call, draw_semantic, embed_text, stage_settings
 
 
 class StableCascadePriorPipeline(  # type: ignore[misc]
-    FromFolderMixin, EncodePromptMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+    HabitsMixin, FromFolderMixin, EncodePromptMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
     """Text to semantic latents, for `StableCascadeDecoderPipeline` or the previewer.
 
@@ -98,14 +99,14 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         Args:
             timesteps: falling times, the last one where the run ends, in place of `num_inference_steps` equal steps.
             latents: the noise to start from.
-            output_type: `pt`, or `np` for arrays.
+            output_type: `pt` (or `latent`, the same), or `np` for arrays.
 
         Raises:
             ValueError: an argument that means nothing, in one line.
         """
         side = default_side(self.config["resolution_multiple"])
         source = read_source(image, mask_image, strength, height, width, side=side)
-        check_output_type(output_type, ("pt", "np"))
+        check_output_type(output_type, ("pt", "latent", "np"))
         check_call(self, source, latents)
         settings = stage_settings(
             num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, timesteps=timesteps,
@@ -121,7 +122,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
             self, control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
             count=call.count,
         )  # fmt: skip
-        on_step = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        on_step = step_callback(self, settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         shown = image_conditions(self.image_encoder, images, image_embeds, image_weights, call)
         text = embed_text(self, call, settings)

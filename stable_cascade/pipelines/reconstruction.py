@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from .callbacks import CALLBACK_TENSORS
 from .folders import FromFolderMixin
+from .habits import HabitsMixin
 from .inputs import is_number
 from .outputs import to_pixels
 from .prompts import PromptArguments
@@ -33,7 +34,7 @@ MOST_COMPRESSION = 4
 """Largest `compression`, in strides of the image encoder; Stage B has seen up to 2 in training."""
 
 
-class StableCascadeReconstructionPipeline(FromFolderMixin, VAETilingMixin, DiffusionPipeline):  # type: ignore[misc]
+class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilingMixin, DiffusionPipeline):  # type: ignore[misc]
     """Pictures to semantic latents, and from them to pictures again.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,8 +16,8 @@ from stable_cascade.models.unet import DeepCache
 
 from .inputs import Generators, vq_size
 
-OnStep = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
-"""(step, time, tensors `latents` and `clean`) -> those of them that change."""
+OnStep = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Any]]
+"""(step, time, tensors `latents` and `clean`) -> those that change, the `guidance_scale` from then on, `interrupt`."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,25 @@ def sample(
             if on_step is not None:
                 changed = on_step(number, time, {"latents": state, "clean": clean})
                 state, clean = changed.get("latents", state), changed.get("clean", clean)
+                two = conditions is not conditional
+                settings = _changed_guidance(settings, changed.get("guidance_scale"), guided=two)
             bar.update()
+            if on_step is not None and changed.get("interrupt"):
+                break
     return clean
+
+
+def _changed_guidance(settings: Settings, scale: float | None, *, guided: bool) -> Settings:
+    """The settings with another guidance scale.
+
+    Raises:
+        ValueError: it would begin in the middle of a run, which was prepared without an unconditional half.
+    """
+    if scale is None or scale == settings.guidance_scale:
+        return settings
+    if scale > 1 and not guided:
+        raise ValueError(f"guidance_scale {scale} cannot begin in the middle of a run; begin it with guidance above 1")
+    return replace(settings, guidance_scale=scale)
 
 
 def _times(scheduler: Any, settings: Settings, device: torch.device) -> list[float]:

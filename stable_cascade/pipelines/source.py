@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .inputs import SMALLEST_SIDE, check_size, is_number
+from .inputs import SMALLEST_SIDE, check_size, is_number, whole
 from .outputs import from_array, in_range, to_pixels
 from .sampling import Settings
 
@@ -97,6 +97,7 @@ def read_source(
     Raises:
         ValueError: no such size, strength or picture; mask or strength without a picture; a mask of another size.
     """
+    height, width = whole(height), whole(width)
     if image is None:
         for other, value in (("mask_image", mask_image), ("strength", strength)):
             if value is not None:

@@ -23,6 +23,7 @@ from .inputs import (
     resolve_generator,
     seen_size,
     semantic_size,
+    whole,
 )
 from .outputs import check_output_type, to_pictures
 from .prompts import PromptArguments, encode
@@ -59,13 +60,33 @@ def begin(pipeline: Any, source: Source, arguments: PromptArguments, copies: int
     Raises:
         ValueError: neither one picture nor one per prompt, a number of copies or generators that means nothing.
     """
+    copies = whole(copies)
     check_count(copies)
+    _check_networks(pipeline, arguments)
     pictures = 1 if source.pixels is None else len(source.pixels)
     if pictures not in (1, arguments.count):
         arguments = arguments.for_count(pictures)
     count, device = arguments.count * copies, pipeline._execution_device
     generators = resolve_generator(generator, count)
     return Call(arguments, source.repeated(count), count, generators, device, pipeline.progress_bar)
+
+
+def _check_networks(pipeline: Any, arguments: PromptArguments) -> None:
+    """Passes when the networks compute in a type that they can, and given embeddings are as wide as they read.
+
+    Raises:
+        ValueError: they are not.
+    """
+    network = getattr(pipeline, "prior", None) or pipeline.decoder
+    if network.dtype == torch.float64:
+        raise ValueError("the networks are float64, and sampling is float32; call .to(torch.float32)")
+    for name in ("prompt_embeds", "prompt_embeds_pooled"):
+        key = name.replace("prompt_embeds", "clip_text")
+        width = getattr(network.config, f"{key}_in_channels", None)
+        for sign in ("", "negative_"):
+            given = getattr(arguments, sign + name, None)
+            if width and given is not None and given.shape[-1] != width:
+                raise ValueError(f"{sign}{name} are {given.shape[-1]} wide, and this network reads {width}")
 
 
 def embed_text(pipeline: Any, call: Call, *settings: Settings) -> Text:
@@ -90,6 +111,7 @@ def stage_settings(
     Raises:
         ValueError: a value that means nothing, under the name that the call has for it.
     """
+    steps, cache_interval = whole(steps), whole(cache_interval)
     check_steps(steps, names[0])
     check_guidance(guidance_scale, guidance_rescale, guidance_interval, names[1])
     check_cache_interval(cache_interval)

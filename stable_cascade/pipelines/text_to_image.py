@@ -14,9 +14,12 @@ from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
 from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
+from .decoder import StableCascadeDecoderPipeline
 from .encoding import EncodePromptMixin
 from .folders import FromFolderMixin
+from .habits import HabitsMixin
 from .inputs import default_side
+from .prior import StableCascadePriorPipeline
 from .prompts import PromptArguments
 from .references import image_conditions
 from .source import read_source
@@ -36,7 +39,7 @@ from .tiling import VAETilingMixin
 
 
 class StableCascadePipeline(  # type: ignore[misc]
-    FromFolderMixin, EncodePromptMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+    HabitsMixin, FromFolderMixin, EncodePromptMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
     """Text to pictures through all three stages, or to rough pictures through the previewer.
 
@@ -161,8 +164,8 @@ class StableCascadePipeline(  # type: ignore[misc]
             count=call.count,
         )  # fmt: skip
         names = prior_callback_on_step_end_tensor_inputs
-        prior_on_step = step_callback(self, prior_callback_on_step_end, names, "prior_")
-        on_step = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        prior_on_step = step_callback(self, prior_settings, prior_callback_on_step_end, names, "prior_")
+        on_step = step_callback(self, settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         shown = image_conditions(self.image_encoder, images, image_embeds, image_weights, call)
         text = embed_text(self, call, prior_settings, settings)
@@ -176,7 +179,17 @@ class StableCascadePipeline(  # type: ignore[misc]
             vq_latents = draw_vq(self, call, text, semantic, settings, on_step=on_step)
             result = decode(self, call, vq_latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        return ImagePipelineOutput(images=result) if return_dict else result
+
+    @property
+    def prior_pipe(self) -> StableCascadePriorPipeline:
+        """Stage C's pipeline on the same components, as diffusers' combined pipeline has it."""
+        return StableCascadePriorPipeline.from_pipe(self, scheduler=self.prior_scheduler)
+
+    @property
+    def decoder_pipe(self) -> StableCascadeDecoderPipeline:
+        """Stages B's and A's pipeline on the same components."""
+        return StableCascadeDecoderPipeline.from_pipe(self)
 
     @torch.no_grad()
     def preview_pictures(self, clean: Tensor) -> list[Image.Image]:

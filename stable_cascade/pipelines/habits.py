@@ -1,0 +1,97 @@
+"""What code written for diffusers asks of a pipeline: `from_pipe`, its schedulers, guidance that callbacks change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+SCHEDULERS = ("scheduler", "prior_scheduler")
+FOREIGN = ("safety_checker", "requires_safety_checker", "add_watermarker", "watermark")
+"""Arguments of other pipelines of diffusers, whose absence (None, False) may be asked for here as well."""
+
+
+class HabitsMixin:
+    """The first base of each pipeline."""
+
+    _guidance_scale: float | None = None
+    _num_timesteps: int | None = None
+    _interrupt = False
+
+    if TYPE_CHECKING:  # what the pipeline beside this mixin has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline of this class with the components of another, which are shared and not copied.
+
+        Args:
+            pipeline: any of this library's, or of diffusers' Stable Cascade pipelines.
+            **kwargs: components and config values to use instead of its own; `torch_dtype` for all networks, which
+                the other pipeline then has too.
+
+        Raises:
+            ValueError: the other pipeline lacks a component that is needed.
+        """
+        dtype = kwargs.pop("torch_dtype", None)
+        needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        optional = cls._optional_components  # type: ignore[attr-defined]
+        unknown = sorted(set(kwargs) - set(needed) - set(settings))
+        if unknown:
+            raise ValueError(f"from_pipe has no argument '{unknown[0]}'; it has {', '.join(sorted(needed))}")
+        parts = {name: _part(pipeline, name) for name in needed if name not in kwargs}
+        values = {name: pipeline.config[name] for name in settings if name in pipeline.config}
+        missing = [name for name, part in parts.items() if part is None and name not in optional]
+        if missing:
+            raise ValueError(
+                f"{cls.__name__}.from_pipe needs '{missing[0]}', which a {type(pipeline).__name__} has not; pass "
+                f"{missing[0]}=…"
+            )
+        made = cls(**{**values, **parts, **kwargs})
+        return made if dtype is None else made.to(dtype)  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SCHEDULERS and value is not None:
+            value = self._own_scheduler(name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """That of the stage that is drawn, for callbacks; they may set `_guidance_scale` for the steps that follow."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the stage that is drawn is guided."""
+        return self._guidance_scale is not None and self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """Steps of the stage that is drawn, or was drawn last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback set `_interrupt`, which ends the stage after its step."""
+        return self._interrupt
+
+
+def _part(pipeline: Any, name: str) -> Any:
+    """A pipeline's component under our name: Stage C's scheduler is `scheduler` where Stage C lives alone."""
+    own = pipeline.components
+    if "prior" in own and "decoder" not in own and name == "prior_scheduler":
+        return own.get("scheduler")
+    if name == "scheduler" and "prior_scheduler" in own and "decoder" in own:
+        return own["scheduler"]
+    return own.get(name, own.get(f"prior_{name}"))
+
+
+def without_foreign(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those of other pipelines that ask for nothing.
+
+    Raises:
+        ValueError: one asks for something.
+    """
+    for name in FOREIGN:
+        if kwargs.get(name):
+            raise ValueError(f"{name} is of other pipelines, and Stable Cascade has none; leave it away")
+    return {name: value for name, value in kwargs.items() if name not in FOREIGN}

@@ -1,0 +1,174 @@
+"""Code that was written for diffusers: `from_pipe`, replaced schedulers, callbacks that steer, numpy's numbers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMWuerstchenScheduler
+
+from stable_cascade import StableCascadeDecoderPipeline, StableCascadePipeline, StableCascadePriorPipeline
+from stable_cascade.schedulers import StableCascadeScheduler
+from tests.tiny_pipelines import cascade
+
+SMALL = {"height": 64, "width": 64}
+WIDE = torch.zeros(1, 1, 5)
+FEW = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pipeline):
+    place = tmp_path_factory.mktemp("whole")
+    pipeline.save_pretrained(place)
+    return place
+
+
+def copied():
+    """A cascade of its own, since the fixture's is shared."""
+    return copy.deepcopy(cascade())
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_from_pipe_shares_the_components(pipeline):
+    for cls in (StableCascadePipeline, StableCascadePriorPipeline, StableCascadeDecoderPipeline):
+        made = cls.from_pipe(pipeline)
+        assert type(made) is cls
+        assert all(part is getattr(pipeline, name) for name, part in made.components.items() if name != "scheduler")
+    prior, decoder = pipeline.prior_pipe, pipeline.decoder_pipe
+    assert prior.scheduler is pipeline.prior_scheduler
+    assert decoder.scheduler is pipeline.scheduler
+    semantic = prior("a", height=64, width=64, num_inference_steps=2, generator=seeded())
+    assert len(decoder(semantic.image_embeddings, "a", num_inference_steps=1).images) == 1
+    with pytest.raises(ValueError, match=r"from_pipe needs 'decoder', which a StableCascadePriorPipeline"):
+        StableCascadePipeline.from_pipe(prior)
+
+
+def test_a_scheduler_of_diffusers_becomes_ours(pipeline):
+    made = StableCascadePipeline.from_pipe(pipeline)
+    made.prior_scheduler = DDPMWuerstchenScheduler()
+    assert isinstance(made.prior_scheduler, StableCascadeScheduler)
+    assert made.prior_scheduler.config.shift == 2.0
+    made.scheduler = DDPMWuerstchenScheduler()
+    assert made.scheduler.config.get("shift", 1.0) == 1.0
+    from diffusers import DDIMScheduler
+
+    with pytest.raises(ValueError, match="scheduler DDIMScheduler does not know Stable Cascade's noise"):
+        made.scheduler = DDIMScheduler()
+
+
+def test_a_callback_changes_the_guidance_and_ends_a_stage(pipeline):
+    seen = []
+
+    def callback(pipe, step, time, tensors):
+        seen.append((step, pipe.guidance_scale, pipe.num_timesteps, pipe.do_classifier_free_guidance))
+        if step == 0:
+            pipe._guidance_scale = 0.0
+        return tensors
+
+    def semantic(**options):
+        prior = pipeline.prior_pipe
+        return prior("a", height=64, width=64, num_inference_steps=3, generator=seeded(), **options).image_embeddings
+
+    guided, steered = semantic(), semantic(callback_on_step_end=callback)
+    assert seen == [(0, 4.0, 3, True), (1, 0.0, 3, False), (2, 0.0, 3, False)]
+    assert not torch.equal(guided, steered)
+
+    def stop(pipe, step, time, tensors):
+        pipe._interrupt = True
+        seen.append("stopped")
+        return {}
+
+    semantic(callback_on_step_end=stop)
+    assert seen.count("stopped") == 1
+
+
+def test_guidance_cannot_begin_in_the_middle(pipeline):
+    def callback(pipe, step, time, tensors):
+        pipe._guidance_scale = 5.0
+
+    with pytest.raises(ValueError, match="cannot begin in the middle of a run"):
+        pipeline.prior_pipe(
+            "a", height=64, width=64, num_inference_steps=2, guidance_scale=1, callback_on_step_end=callback
+        )
+
+
+def test_return_dict_false_is_diffusers(pipeline):
+    images = pipeline("a", **FEW, return_dict=False, generator=seeded())
+    assert isinstance(images, list)
+    latents = pipeline.prior_pipe(
+        "a", height=64, width=64, num_inference_steps=1, output_type="latent"
+    ).image_embeddings
+    assert isinstance(pipeline.decoder_pipe(latents, "a", num_inference_steps=1, return_dict=False), list)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(pipeline):
+    plain = pipeline("a", **FEW, output_type="np", generator=seeded()).images
+    others = {
+        "prior_num_inference_steps": np.int32(3), "num_inference_steps": torch.tensor(2), "height": np.int64(64),
+        "width": torch.tensor(64), "num_images_per_prompt": np.int16(1), "cache_interval": np.int8(1),
+    }  # fmt: skip
+    assert np.array_equal(pipeline("a", **others, output_type="np", generator=seeded()).images, plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"generator": 42}, r"generator is int 42; give torch.Generator\(\).manual_seed"),
+        ({"prior_num_inference_steps": 10**9}, "up to 10,000"),
+        ({"height": 10**7}, "up to 16,384"),
+        ({"num_images_per_prompt": 10**6}, "up to 10,000"),
+        ({"num_inference_steps": np.float32(2)}, "not a positive whole number"),
+        ({"num_inference_steps": True}, "not a positive whole number"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 7, 5), "prompt_embeds_pooled": torch.zeros(1, 1, 5)},
+            "5 wide",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(pipeline, arguments, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        pipeline(**{"prompt": "a", **FEW, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match="the networks are float64"):
+        copied().to(torch.float64)("a", **FEW)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float16", torch.float16), ("torch.bfloat16", torch.bfloat16), ("auto", torch.float32)]
+)
+def test_types_by_name(folder, dtype, expected):
+    made = StableCascadePipeline.from_pretrained(folder, torch_dtype=dtype)
+    assert {made.prior.dtype, made.decoder.dtype, made.text_encoder.dtype} == {expected}
+
+
+def test_auto_is_what_the_files_hold(tmp_path, pipeline):
+    half = copied().to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    assert StableCascadePipeline.from_pretrained(tmp_path, torch_dtype="auto").prior.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="torch_dtype 'floaty' is none of"):
+        StableCascadePipeline.from_pretrained(tmp_path, torch_dtype="floaty")
+
+
+def test_arguments_of_other_pipelines_and_a_device_map(folder):
+    made = StableCascadePipeline.from_pretrained(
+        folder, safety_checker=None, requires_safety_checker=False, device_map="cpu"
+    )
+    assert made.device.type == "cpu"
+    with pytest.raises(ValueError, match=r"device_map 'balanced' is no device; .* enable_model_cpu_offload"):
+        StableCascadePipeline.from_pretrained(folder, device_map="balanced")
+    with pytest.raises(ValueError, match="safety_checker is of other pipelines"):
+        StableCascadePipeline.from_pretrained(folder, safety_checker=object())
+
+
+def test_components_of_different_types_are_told(folder, caplog):
+    from stable_cascade import StableCascadePrior
+
+    half = StableCascadePrior.from_pretrained(folder / "prior", torch_dtype=torch.float16)
+    StableCascadePipeline.from_pretrained(folder, prior=half)
+    assert "components of different types" in caplog.text
