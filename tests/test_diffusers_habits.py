@@ -172,3 +172,26 @@ def test_components_of_different_types_are_told(folder, caplog):
     half = StableCascadePrior.from_pretrained(folder / "prior", torch_dtype=torch.float16)
     StableCascadePipeline.from_pretrained(folder, prior=half)
     assert "components of different types" in caplog.text
+
+
+def test_a_save_with_a_lora_loaded_is_refused_and_possible_after_unloading(tmp_path):
+    from stable_cascade.adapters import add_lora
+
+    pipeline = copied()
+    add_lora(pipeline.prior, module_filters=[".attn"], rank=2)
+    for save in (pipeline.save_pretrained, pipeline.prior.save_pretrained):
+        with pytest.raises(ValueError, match=r"carries the adapter 'default'; .*unload_lora_weights\(\)"):
+            save(tmp_path / "whole")
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "whole")
+    StableCascadePipeline.from_pretrained(tmp_path / "whole")
+
+
+def test_names_of_adapters_have_no_dots(tmp_path):
+    from stable_cascade.adapters import add_lora, save_lora
+
+    trained = copied()
+    add_lora(trained.prior, module_filters=[".attn"], rank=2)
+    save_lora(tmp_path, prior=trained.prior)
+    with pytest.raises(ValueError, match=r"adapter_name 'style.v1' has a dot"):
+        copied().load_lora_weights(tmp_path, adapter_name="style.v1")

@@ -244,6 +244,8 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         """Loads each component's part; all or nothing, so that a misfit leaves no half of it behind."""
         models = self._models_for(lora)
         adapter_name = adapter_name or self._free_name()
+        if "." in adapter_name:
+            raise ValueError(f"adapter_name {adapter_name!r} has a dot, which no part of a network's names may have")
         loaded: list[Any] = []
         try:
             for component, model in models.items():

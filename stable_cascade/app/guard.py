@@ -57,7 +57,19 @@ class Guard:
         refusal = self.refusal(scope)
         if refusal is not None:
             return await _answer(send, *refusal)
-        await self.application(scope, receive, _with_headers(send))
+        await self.application(scope, self._counted(receive), _with_headers(send))
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Passes a body on as long as it is within its bound, whatever its headers say; then the sender is gone."""
+        total = 0
+
+        async def receiving() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if total > self.most_bytes else message
+
+        return receiving
 
     def refusal(self, scope: Message) -> tuple[int, str] | None:
         """Status and text of a request that is not let through."""
@@ -69,10 +81,24 @@ class Guard:
             return 404, "there is nothing here"
         if scope["method"] != "POST":
             return None
+        # A page of another origin can have a browser post here; only what this page sends is taken.
+        origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site", b"same-origin")
+        if site not in (b"same-origin", b"none") or (origin is not None and not _same(origin, headers)):
+            return 403, "only this page itself may send something here"
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
             return 411, "say how long the upload is"
+        if b"transfer-encoding" in headers:
+            return 400, "a length and a transfer encoding contradict each other"
         return (413, "the upload is too large") if int(length) > self.most_bytes else None
+
+
+def _same(origin: bytes, headers: dict[bytes, bytes]) -> bool:
+    """Whether a request's origin is the host that it is sent to."""
+    try:
+        return urlsplit(origin.decode("latin-1")).netloc.lower() == headers.get(b"host", b"").decode("latin-1").lower()
+    except ValueError:
+        return False
 
 
 def _host(header: bytes) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from stable_cascade.config.reference import documentation, help_text, kind_text, kinds
 from stable_cascade.config.rules import problems, resolve
 from stable_cascade.config.settings import PATH_KEYS, TRAINERS, GenerateConfig
-from stable_cascade.disk import path_text
+from stable_cascade.disk import path_text, read_text
 from stable_cascade.redaction import redacted
-from stable_cascade.wording import brief
+from stable_cascade.wording import brief, printable
 
 Config = TypeVar("Config")
 
+_REFERENCE = re.compile(r"\$\{([^{}]*)")
+DEEPEST = 50
 LARGEST_CONFIG = 2**20
 MOST_ENTRIES = 100_000
 """Bytes and values of a config file; some lines can refer to each other so that they mean billions."""
@@ -72,6 +76,7 @@ def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
 
     node = OmegaConf.structured(cls)
     for key, (value, source) in given.items():
+        _refuse_resolvers(key, value, source)
         if key not in kinds(cls):  # type: ignore[arg-type]
             raise ConfigError(f"{source}: unknown key {key!r} (value {_short(value)}); {_nearest_key(cls, key)}")
         try:
@@ -100,6 +105,20 @@ def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
     return config
 
 
+def _refuse_resolvers(key: str, value: Any, source: str) -> None:
+    """Raises ConfigError where a value, of the command line for one, calls for something outside of the config."""
+    parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    for part in parts:
+        if isinstance(part, dict | list):
+            _refuse_resolvers(key, part, source)
+        elif isinstance(part, str):
+            try:
+                for reference in _REFERENCE.findall(part):
+                    check_resolver(reference)
+            except ValueError as error:
+                raise ConfigError(f"{source}: {key}: {error}") from None
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The keys and values of a config file.
 
@@ -115,8 +134,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         hint = _nearest(Path(path).name, [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else [])
         raise ConfigError(f"--config {path}: no such file{hint}")
     try:
-        _check_extent(Path(path))
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        text = read_text(path, at_most=LARGEST_CONFIG, what="config")
+        _check_extent(text)
+        node = OmegaConf.load(io.StringIO(text))
+        _check_references(OmegaConf.to_container(node, resolve=False))
+        loaded = OmegaConf.to_container(node, resolve=True)
     except (YAMLError, OSError, ValueError, OverflowError, RecursionError, OmegaConfBaseException) as error:
         reason = brief(str(error).replace(str(path), Path(path).name), 300)  # YAML's own errors name the file twice
         raise ConfigError(f"--config {path}: not readable as YAML ({reason})") from error
@@ -125,8 +147,65 @@ def read_yaml(path: str) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _check_extent(path: Path) -> None:
-    """Passes when a YAML file is no larger than a config may be, references to other parts of it written out.
+def _check_references(values: Any) -> None:
+    """Passes when `${key}` in texts means other keys of the file, and no more text than a config may have.
+
+    Raises:
+        ValueError: a text asks for something else, such as a variable of the environment, whose value would be written
+            into the records of the run; or what it means is beyond all reason.
+    """
+    lengths: dict[str, int] = {}
+
+    def length(value: Any, depth: int) -> int:
+        if depth > DEEPEST:
+            raise ValueError(f"its parts or references are nested more than {DEEPEST} deep")
+        if isinstance(value, dict):
+            return sum(length(one, depth + 1) for one in value.values())
+        if isinstance(value, list):
+            return sum(length(one, depth + 1) for one in value)
+        if not isinstance(value, str):
+            return 1
+        total = len(value)
+        for reference in _REFERENCE.findall(value):
+            check_resolver(reference)
+            if reference not in lengths:
+                lengths[reference] = length(_looked_up(values, reference), depth + 1)
+            total += lengths[reference]
+        if total > LARGEST_CONFIG:
+            raise ValueError(f"a text of it means more than {LARGEST_CONFIG:,} characters")
+        return total
+
+    if length(values, 0) > LARGEST_CONFIG:
+        raise ValueError(f"its texts mean more than {LARGEST_CONFIG:,} characters")
+
+
+def check_resolver(reference: str) -> None:
+    """Passes when a `${…}` names a key.
+
+    Raises:
+        ValueError: it calls for something else.
+    """
+    if ":" in reference:
+        raise ValueError(
+            f"${{{brief(reference, 60)}}} asks for something outside of the config, which would be written into its "
+            "records; write the value, or leave secrets in the environment, where wandb, S3 and the Hub look for them"
+        )
+
+
+def _looked_up(values: Any, reference: str) -> Any:
+    """The part of a config that `a.b` or `a[0]` names; nothing where there is none, which OmegaConf then says."""
+    for part in re.split(r"[.\[\]]+", reference.strip().strip("]")):
+        if isinstance(values, dict):
+            values = values.get(part)
+        elif isinstance(values, list) and part.isdecimal() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return None
+    return values
+
+
+def _check_extent(text: str) -> None:
+    """Passes when a YAML file is no larger than a config may be, its aliases written out.
 
     Raises:
         ValueError: it is larger, or refers to itself.
@@ -134,8 +213,6 @@ def _check_extent(path: Path) -> None:
     """
     import yaml
 
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{path.stat().st_size:,} bytes; at most {LARGEST_CONFIG:,} are read")
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:
@@ -149,7 +226,7 @@ def _check_extent(path: Path) -> None:
             sizes[id(node)] = 1 + total
         return sizes[id(node)]
 
-    if size(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)) > MOST_ENTRIES:
+    if size(yaml.compose(text, Loader=yaml.SafeLoader)) > MOST_ENTRIES:
         raise ValueError(f"more than {MOST_ENTRIES:,} entries")
 
 
@@ -212,7 +289,7 @@ def run_main(main: Callable[[], Any]) -> Any:
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("STABLE_CASCADE_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {redacted(' '.join(str(error).split()))}\n")
+        sys.stderr.write(f"error: {printable(redacted(' '.join(str(error).split())))}\n")
         raise SystemExit(2) from None
 
 

@@ -16,6 +16,13 @@ _AT_LEAST: dict[str, float] = {
     "codebook_weight": 0, "commitment_weight": 0, "revive_every": 1, "adversarial_weight": 0, "adversarial_start": 0,
     "discriminator_lr": 0, "discriminator_channels": 1,
 }  # fmt: skip
+_AT_MOST: dict[str, float] = {
+    "batch_size": 65_536, "grad_accum_steps": 65_536, "rank": 8192, "text_encoder_rank": 8192, "image_size": 16_384,
+    "num_workers": 512, "num_preview_images": 64, "preview_steps": 10_000, "preview_decoder_steps": 10_000,
+    "crops_per_image": 65_536, "discriminator_channels": 4096, "seed": 2**63 - 1,
+}  # fmt: skip
+_MOST = 1e9
+"""What every other number may be at most."""
 _ABOVE: dict[str, float] = {"shift": 0, "max_grad_norm": 0, "lora_alpha": 0, "effnet_min_scale": 0}
 _SHARES: tuple[str, ...] = (
     "bucketeer_random_ratio", "max_broken_share", "caption_dropout", "image_embedding_share", "effnet_dropout",
@@ -53,12 +60,17 @@ def _range_problems(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, "must be a finite number"
         elif key in _AT_LEAST and value < _AT_LEAST[key]:
             yield key, f"must be at least {_AT_LEAST[key]}"
+        elif abs(value) > _AT_MOST.get(key, _MOST):
+            yield key, f"must be at most {_AT_MOST.get(key, _MOST):,.0f}"
         elif key in _ABOVE and value <= _ABOVE[key]:
             yield key, f"must be greater than {_ABOVE[key]}"
         elif key in _SHARES and not 0 <= value <= 1:
             yield key, "must lie in [0, 1]"
         elif key in _BELOW_ONE and not 0 <= value < 1:
             yield key, "must lie in [0, 1)"
+    name = values.get("experiment_id")
+    if isinstance(name, str) and (name in (".", "..") or not name.isprintable() or re.search(r"[/\\]", name)):
+        yield "experiment_id", "must be the name of one folder, without / and what does not print"
     if not all(0 <= beta < 1 for beta in values.get("adam_betas", ())):
         yield "adam_betas", "must be two numbers in [0, 1)"
 
@@ -115,8 +127,11 @@ def _adapter_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("token_lr") is not None and not values["train_tokens"]:
         yield "token_lr", "needs train_tokens"
     for part, rank in (values.get("rank_pattern") or {}).items():
-        if rank < 1:
-            yield "rank_pattern", f"gives '{part}' the rank {rank}; ranks are at least 1"
+        if not 1 <= rank <= _AT_MOST["rank"]:
+            yield (
+                "rank_pattern",
+                f"gives '{part}' the rank {rank}; ranks are at least 1 and at most {_AT_MOST['rank']}",
+            )
 
 
 def _token_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

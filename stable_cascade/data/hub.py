@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stable_cascade.hub import HubError, ask
+from stable_cascade.hub import HubError, NotAskedError, ask
 
 from .captions import check_caption
 from .columns import HubColumns
@@ -178,8 +178,10 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
             loaded = datasets.load_dataset(dataset_name, streaming=streaming)
         else:
             loaded = ask(dataset_name, partial(_load, dataset_name, streaming), kind="dataset")
-    except HubError:
+    except NotAskedError:
         raise
+    except HubError as error:
+        raise ValueError(f"dataset_name {dataset_name!r} cannot be loaded: {error}") from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(

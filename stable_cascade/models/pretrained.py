@@ -12,6 +12,20 @@ from stable_cascade.hub import ask
 Place = str | os.PathLike[str]
 
 
+def check_no_adapter(network: Any, name: str) -> None:
+    """Passes when a network is as it is saved: without adapters around its layers.
+
+    Raises:
+        ValueError: it has some.
+    """
+    adapters = getattr(network, "peft_config", None)
+    if adapters:
+        raise ValueError(
+            f"{name} carries the adapter '{next(iter(adapters))}'; save that with save_lora_weights or save_lora, and "
+            "unload_lora_weights() before saving the network (fuse_lora() first keeps what it does)"
+        )
+
+
 class PretrainedMixin:
     """The first base of each network, before diffusers' own."""
 
@@ -35,5 +49,10 @@ class PretrainedMixin:
         return ask(name, partial(load, name), **kwargs)
 
     def save_pretrained(self, save_directory: Place, *args: Any, **kwargs: Any) -> None:
-        """Writes config and weights into a folder; arguments as diffusers has them."""
+        """Writes config and weights into a folder; arguments as diffusers has them.
+
+        Raises:
+            ValueError: adapters are in the network, whose layers would be saved under names that nothing reads.
+        """
+        check_no_adapter(self, type(self).__name__)
         super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]

@@ -14,6 +14,7 @@ import torch
 from stable_cascade.disk import local_path
 from stable_cascade.formats.headers import read_header
 from stable_cascade.formats.json_files import read_config
+from stable_cascade.models.pretrained import check_no_adapter
 from stable_cascade.wording import brief, quoted
 
 from .habits import without_foreign
@@ -106,7 +107,13 @@ class FromFolderMixin:
         return made if device is None else made.to(device)  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes every component and `model_index.json` into a folder; arguments as diffusers has them."""
+        """Writes every component and `model_index.json` into a folder; arguments as diffusers has them.
+
+        Raises:
+            ValueError: a component carries a LoRA.
+        """
+        for name, part in self.components.items():
+            check_no_adapter(part, name)
         super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]
 
     @classmethod
