@@ -231,7 +231,7 @@ COMMANDS = {
     "width 0": ("img2img a --image photo.png --width 0", "width 0 is not a multiple of 8 from 64 to 8192"),
     "no prompt": ("generate", "no prompt is given; give PROMPT, '' for none, or --prompts-file"),
     "no prompts in a file": ("generate --prompts-file empty.txt", "--prompts-file 'empty.txt' has no prompt"),
-    "a picture of prompts": ("generate --prompts-file photo.png", "--prompts-file 'photo.png' is no UTF-8 text"),
+    "a picture of prompts": ("generate --prompts-file photo.png", "'photo.png' is neither UTF-8 nor UTF-16"),
     "no steps": ("generate a --steps 0", "prior_num_inference_steps 0 is not a whole number from 1 to 1000"),
     "no pictures": ("generate a --count 0", "count 0 is not a whole number from 1 to 10000"),
     "a LoRA of the 3.6B": ("generate a --lora lora_3.6B.safetensors",

@@ -217,7 +217,7 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(capsys, here):
     for said, *words in (
         ("no prompt is given; give PROMPT", "generate"),
         ("--prompts-file 'empty.txt' has no prompt; write one per line", "generate", "--prompts-file", "empty.txt"),
-        ("cannot be read: No such file", "generate", "--prompts-file", "none.txt"),
+        ("'none.txt' does not exist", "generate", "--prompts-file", "none.txt"),
         ("PROMPT and --prompts-file are both given", "generate", "x", "--prompts-file", "empty.txt"),
         ("width 0 is not a multiple of 8 from 64", "generate", "x", "--width", "0"),
         ("count 0 is not a whole number", "generate", "x", "--count", "0"),

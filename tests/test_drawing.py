@@ -297,7 +297,7 @@ def test_what_carries_no_record_is_one_line(tmp_path):
         read_record(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="carries no settings"):
         read_record(saved(tmp_path))
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_record(tmp_path / "none.png")
     with pytest.raises(ValueError, match="carries no settings"):
         read_record(with_chunk(tmp_path / "long.png", "x" * (2**20 + 1)))

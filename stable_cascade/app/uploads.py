@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from stable_cascade import bounds
+from stable_cascade.disk import read_file
 from stable_cascade.drawing import Drawing, read_drawing, read_picture
 from stable_cascade.wording import brief
 
@@ -19,10 +21,10 @@ def read_upload(path: str, *, mode: str | None = "RGB", largest: float) -> Image
     Raises:
         ValueError: it is no picture, or damaged, or has more than `largest` megapixels.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"picture '{_name(path)}' is no longer there; upload it again")
     try:
-        return read_picture(Path(path).read_bytes(), mode=mode, largest=largest)
-    except OSError:
-        raise ValueError(f"picture '{_name(path)}' is no longer there; upload it again") from None
+        return read_picture(read_file(path, at_most=bounds.IMAGE_FILE, what="picture"), mode=mode, largest=largest)
     except ValueError as error:
         raise ValueError(str(error).replace("the picture", f"picture '{_name(path)}'", 1)) from None
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stable_cascade.disk import local_path
+from stable_cascade.disk import local_path, read_text
 from stable_cascade.drawing.request import (
     DTYPES,
     SAMPLERS,
@@ -166,14 +166,7 @@ def prompts_of(given: Mapping[str, Any]) -> list[str] | None:
         raise ValueError("PROMPT and --prompts-file are both given; give one of them")
     if file is None:
         return typed
-    try:
-        if file.stat().st_size > LONGEST_LIST:
-            raise ValueError(f"--prompts-file {quoted(file)} has more than {LONGEST_LIST:,} bytes; split it")
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"--prompts-file {quoted(file)} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts-file {quoted(file)} is no UTF-8 text; give one prompt per line") from None
+    lines = read_text(file, at_most=LONGEST_LIST, what="--prompts-file").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts-file {quoted(file)} has no prompt; write one per line")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from stable_cascade import bounds
+from stable_cascade.disk import read_file
 
 
 @dataclass(frozen=True)
@@ -50,5 +52,5 @@ def _file(value: Any) -> bytes | None:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and os.path.isfile(value):
-        return Path(value).read_bytes()
+        return read_file(value, at_most=bounds.IMAGE_FILE, what="picture")
     return None

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from stable_cascade.disk import local_path
+from stable_cascade import bounds
+from stable_cascade.disk import local_path, open_file
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief, quoted
 
@@ -119,11 +120,8 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         ValueError: it is no PNG, carries no record, or the record is damaged.
     """
     name = f"picture {quoted(local_path(path))}"
-    try:
-        with local_path(path).open("rb") as file:
-            text = _record_text(file, name)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be opened: {error.strerror or error}") from None
+    with open_file(path, at_most=bounds.IMAGE_FILE, what="picture") as file:
+        text = _record_text(file, name)
     if text is None:
         raise ValueError(f"{name} carries no settings: stable-cascade did not draw it, or another program saved it")
     try:

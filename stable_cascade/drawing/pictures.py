@@ -11,14 +11,14 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-from stable_cascade.disk import local_path
+from stable_cascade import bounds
+from stable_cascade.disk import local_path, open_file
 from stable_cascade.wording import brief, quoted
 
 logger = logging.getLogger(__name__)
 
 LARGEST_PICTURE = 64.0
 """Megapixels that are decoded; a photograph has 12 to 60."""
-LARGEST_FILE = 256 * 2**20
 # Only what Pillow decodes by itself: EPS, for one, would start another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "MPO")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -72,16 +72,9 @@ def _opened(source: str | os.PathLike[str] | bytes) -> tuple[str, IO[bytes]]:
         return "the picture", io.BytesIO(source)
     path = local_path(source)
     name = f"picture {quoted(path)}"
-    try:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise ValueError(f"{name} {what}; give a picture file")
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise ValueError(f"{name} has {size / 2**20:,.0f} MiB; at most {LARGEST_FILE // 2**20} are read")
-        return name, path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{name} cannot be opened: {error.strerror or error}") from None
+    if not path.exists() or path.is_dir():
+        raise ValueError(f"{name} {'is a folder' if path.is_dir() else 'does not exist'}; give a picture file")
+    return name, open_file(path, at_most=bounds.IMAGE_FILE, what="picture")
 
 
 def _check_pixels(name: str, size: tuple[int, int], largest: float) -> None:
@@ -93,6 +86,10 @@ def _check_pixels(name: str, size: tuple[int, int], largest: float) -> None:
         raise ValueError(
             f"{name} is {width} x {height}, {pixels:,.0f} megapixels; at most {largest:g} are read, shrink it first"
         )
+    try:
+        bounds.check_shape(width, height)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def in_mode(image: Image.Image, mode: str | None = "RGB", paper: str = "white") -> Image.Image:

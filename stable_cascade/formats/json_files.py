@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import stat
 from os import PathLike
 from typing import Any
 
+from stable_cascade import bounds
 from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
-MAX_BYTES = 8 * 2**20
-"""The largest JSON file or header entry that is read; those of the released models have some thousand bytes."""
+MAX_BYTES = bounds.JSON_FILE
 MAX_SIZE = 2**20
 """The largest whole number in a config: a width, or the size of a vocabulary."""
 MAX_COUNT = 512
@@ -28,9 +29,11 @@ def read_json(path: str | PathLike[str], *, remedy: str = "copy or download it a
         OSError: there is no such file.
     """
     file, name = local_path(path), f"'{brief(path)}'"
-    size = file.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{name} has {size:,} bytes, and at most {MAX_BYTES:,} are read; {remedy}")
+    status = file.stat()
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{name} has {status.st_size:,} bytes, and at most {MAX_BYTES:,} are read; {remedy}")
+    if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
+        raise ValueError(f"{name} is a pipe or a device; only regular files are read")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -12,6 +12,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from stable_cascade.bounds import check_shape
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -63,6 +65,11 @@ def to_pixels(images: Any, name: str = "images") -> Tensor:
         raise ValueError(f"{name} is empty; give at least one picture")
     pictures = [_pixels(image, name) for image in images]
     sizes = {tuple(picture.shape[1:]) for picture in pictures}
+    for height, width in sizes:
+        try:
+            check_shape(width, height)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     if len(sizes) > 1:
         raise ValueError(f"{name} have different sizes {sorted(sizes)}; resize them or pass them one by one")
     return torch.stack(pictures)
