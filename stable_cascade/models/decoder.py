@@ -75,6 +75,9 @@ class StableCascadeDecoder(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapter
                 raise ValueError(
                     f"{key} is {self.config[key]}: only StableCascadePrior has that input, use it or null"
                 )
+        for key in ("effnet_in_channels", "pixel_mapper_in_channels"):
+            if self.config[key] is None:
+                raise ValueError(f"{key} is None: Stage B draws what it says; give the number of its channels")
         width = block_out_channels[0]
         self.effnet_mapper = _grid_mapper(effnet_in_channels, width)
         self.pixels_mapper = _grid_mapper(pixel_mapper_in_channels, width)

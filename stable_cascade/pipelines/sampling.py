@@ -146,7 +146,11 @@ def sample(
                 state, clean = kept.noised(scheduler, state, scheduler.timesteps[number + 1]), kept.cleaned(clean)
             if on_step is not None:
                 changed = on_step(number, time, {"latents": state, "clean": clean})
-                state, clean = changed.get("latents", state), changed.get("clean", clean)
+                given = changed.get("latents", state)
+                # The last step's prediction is the result; who replaces its latents means the result.
+                result = given if given is not state and number == steps - 1 else clean
+                own = changed.get("clean", clean)
+                state, clean = given, result if own is clean else own
                 two = conditions is not conditional
                 settings = _changed_guidance(settings, changed.get("guidance_scale"), guided=two)
             bar.update()
