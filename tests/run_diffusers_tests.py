@@ -1,9 +1,9 @@
-"""diffusers' own Stable Cascade tests, run on our classes: `python tests/run_diffusers_tests.py CHECKOUT [--theirs]`.
+"""diffusers' own Stable Cascade tests on our classes: `python tests/run_diffusers_tests.py CHECKOUT [--theirs]`.
 
-CHECKOUT is a clone of diffusers near the installed version; nothing of it is kept here. Its tests import `parameterized`.
-`--theirs` runs the same tests on diffusers' classes, where newer versions skip them as deprecated. Prints each test that
-does not pass with the first line of its error, and the counts; docs/migration.md says what remains and why. What a test
-would download is a tokenizer of letters.
+CHECKOUT is a clone of diffusers near the installed version; nothing of it is kept here. Its tests import the package
+`parameterized`. `--theirs` runs them on diffusers' classes, where newer versions skip them as deprecated. Prints each
+test that does not pass with the first line of its error, and the counts; docs/migration.md says what remains and why.
+What a test would download is a tokenizer of letters.
 """
 
 from __future__ import annotations
