@@ -1,0 +1,64 @@
+"""The page takes uploads from itself alone, and counts their bytes whatever their headers say."""
+
+import asyncio
+
+import pytest
+
+from stable_cascade.app.guard import Guard
+
+OWN = [(b"host", b"127.0.0.1:7860"), (b"content-length", b"4")]
+
+
+def sent(headers, parts=(b"body",)):
+    """The status that a POST gets, and what of its body arrives."""
+    messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+    answers, arrived = [], []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        answers.append(message)
+
+    async def application(scope, receive, send):
+        while True:
+            message = await receive()
+            arrived.append(message.get("body", b""))
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                break
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = Guard(application, most_bytes=10, only_this_machine=True)
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": headers}
+    asyncio.run(guard(scope, receive, send))
+    return answers[0]["status"], b"".join(arrived)
+
+
+def test_what_the_page_sends_arrives():
+    assert sent(OWN) == (200, b"body")
+    own = [*OWN, (b"origin", b"http://127.0.0.1:7860"), (b"sec-fetch-site", b"same-origin")]
+    assert sent(own) == (200, b"body")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"origin", b"https://elsewhere.org"),
+        (b"origin", b"http://127.0.0.1:9999"),
+        (b"origin", b"null"),
+        (b"sec-fetch-site", b"cross-site"),
+        (b"sec-fetch-site", b"same-site"),
+    ],
+)
+def test_what_another_page_sends_is_refused(header):
+    assert sent([*OWN, header]) == (403, b"")
+
+
+def test_a_length_beside_a_transfer_encoding_is_refused():
+    assert sent([*OWN, (b"transfer-encoding", b"chunked")]) == (400, b"")
+
+
+def test_a_body_longer_than_its_length_is_cut_off():
+    _, arrived = sent(OWN, parts=[b"12345", b"67890", b"more", b"and more"])
+    assert arrived == b"1234567890"
