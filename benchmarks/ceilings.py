@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from stable_cascade.models.products import ONEDNN, linear
-
 from .measure import seconds
 from .networks import forward, gradients
 from .proxies import decoder_inputs, decoder_pair, prior_inputs, prior_pair
@@ -24,7 +21,7 @@ from .run import hardware
 from .scale import CPU, GPU, Scale
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::linear", "mkldnn::_linear_pointwise"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::linear"),
     "attention": ("aten::bmm", "aten::baddbmm", "softmax", "scaled_dot_product", "flash", "efficient_attention"),
     "convolutions": ("conv",),
     "norms": ("layer_norm", "ResponseScale", "aten::pow", "aten::square", "aten::sum", "vector_norm", "aten::mean"),
@@ -32,15 +29,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "copies": ("aten::cat", "aten::copy_", "aten::clone", "aten::fill_", "aten::zero_"),
 }
 """Parts of operators' names by kind, the first that fits; what fits none is the arithmetic between them."""
-
-
-def _of_linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Operations of x weight^T. Shapes: (..., K), (M, K)."""
-    return 2 * math.prod(x) * weight[0]
-
-
-UNCOUNTED: Any = {} if ONEDNN is None else {ONEDNN: _of_linear}
-"""What torch's counter does not know."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,7 +62,7 @@ def works(scale: Scale) -> list[tuple[str, Callable[[Any], Any], list[Any]]]:
 def line(name: str, whose: str, work: Callable[[], Any], ceiling: float, scale: Scale) -> str:
     """One row: the fastest of a few runs, and the shares of a profiled one."""
     work()
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+    with FlopCounterMode(display=False) as counter:
         work()
     operations, time = counter.get_total_flops(), min(seconds(work) for _ in range(5))
     columns = [f"{operations / 1e9:.0f}", f"{time:.3f}", f"{operations / time / 1e9:.0f}",
@@ -106,12 +94,10 @@ def kind_of(operator: str) -> str:
 
 
 def matrix_ceiling(scale: Scale) -> float:
-    """Floating-point operations a second of a large matrix product in the networks' type, by the faster library."""
+    """Floating-point operations a second of a large matrix product in the networks' type."""
     side = 8192 if scale.device == "cuda" else 2048
     left, right = (torch.randn(side, side, device=scale.device, dtype=scale.dtype) for _ in range(2))
-    libraries = (torch.nn.functional.linear, linear)
-    times = [seconds(lambda product=product: product(left, right)) for product in 6 * libraries]
-    return 2 * side**3 / min(times)
+    return 2 * side**3 / min(seconds(lambda: left @ right) for _ in range(6))
 
 
 def bandwidth(scale: Scale) -> float:

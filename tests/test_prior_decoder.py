@@ -230,11 +230,11 @@ def test_conditions_computed_once_equal_plain(component):
 @both
 def test_joined_projections_equal_separate_ones(component):
     model, inputs = tiny(component).double(), tiny_inputs(component, dtype=torch.float64)
-    joined = model(**inputs).sample
+    joined = model(**encoded(model, inputs)).sample
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda *_: None)
-    separate = model(**inputs).sample
+    separate = model(**encoded(model, inputs)).sample
     assert not torch.equal(joined, separate)  # else the hooks did not switch anything
     torch.testing.assert_close(joined, separate, rtol=1e-12, atol=1e-12)
 

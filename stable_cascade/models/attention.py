@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .plain import is_plain
-from .products import apply_linear, linear, project_wide
+from .products import project_wide
 
 # Joining more elements than these costs more in copying than one product saves over several.
 LARGEST_JOINED = 2**16
+KeysValues = tuple[Tensor, ...]
+"""Keys and values (B, L, heads, C / heads); where not all tokens count, also which do, (B, L) bool."""
 
 
 def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
@@ -22,12 +24,12 @@ def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     Shapes: (B, N, C) -> one (B, N, C') per layer.
     """
     if not all(is_plain(layer, nn.Linear) for layer in layers):
-        return [apply_linear(layer, x) for layer in layers]
+        return [layer(x) for layer in layers]
     weight = _joined([layer.weight for layer in layers])
     if weight is None:
-        return [apply_linear(layer, x) for layer in layers]
+        return [layer(x) for layer in layers]
     bias = torch.cat([layer.bias for layer in layers])
-    return list(linear(x, weight, bias).chunk(len(layers), dim=-1))
+    return list(F.linear(x, weight, bias).chunk(len(layers), dim=-1))
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
@@ -91,24 +93,30 @@ class SDCascadeAttention(nn.Module):
             layer.weight.data = weight
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of conditioning tokens. Shapes: (B, L, C) -> two of (B, L, heads, C / heads)."""
+        """Keys and values of tokens. Shapes: (B, L, C) -> two of (B, L, heads, C / heads)."""
         key, value = project([self.to_k, self.to_v], tokens)
         return self._split(key), self._split(value)
 
-    def forward(
-        self, tokens: Tensor, key: Tensor, value: Tensor, attended: Tensor | None = None, *, self_attn: bool = True
-    ) -> Tensor:
-        """Shapes: (B, N, C), keys and values (B, L, heads, C / heads), `attended` (B, L) bool -> (B, N, C)."""
-        if self_attn and attended is not None:
-            attended = F.pad(attended, (tokens.shape[1], 0), value=True)
-        if self_attn:
-            query, own_key, own_value = map(self._split, project([self.to_q, self.to_k, self.to_v], tokens))
-            key, value = torch.cat([own_key, key], dim=1), torch.cat([own_value, value], dim=1)
+    def forward(self, tokens: Tensor, condition: Tensor | KeysValues, self_attn: bool = True) -> Tensor:
+        """What each token takes from the condition and, with `self_attn`, from all tokens.
+
+        Shapes: tokens (B, N, C), condition (B, L, C) or its keys and values (B, L, heads, C / heads) -> (B, N, C).
+        """
+        attended: Tensor | None = None
+        if isinstance(condition, Tensor):
+            query = self._split(self.to_q(tokens))
+            key, value = self.keys_values(torch.cat([tokens, condition], dim=1) if self_attn else condition)
         else:
-            query = self._split(apply_linear(self.to_q, tokens))
-        dropout = self.dropout if self.training else 0.0
+            key, value, *rest = condition
+            attended = rest[0] if rest else None
+            if self_attn:
+                query, *own = map(self._split, project([self.to_q, self.to_k, self.to_v], tokens))
+                key, value = (torch.cat(pair, dim=1) for pair in zip(own, (key, value), strict=True))
+                attended = None if attended is None else F.pad(attended, (tokens.shape[1], 0), value=True)
+            else:
+                query = self._split(self.to_q(tokens))
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-        mixed = attend(q, k, v, dropout, attended)
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0, attended)
         return project_wide(self.to_out[0], mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import SDCascadeAttention
+from .attention import KeysValues, SDCascadeAttention
 from .plain import (
     HALF,
     cast_for,
@@ -21,10 +21,7 @@ from .plain import (
     to_channels_last,
     without_autocast,
 )
-from .products import apply_linear, linear, project_wide
-
-KeysValues = tuple[Tensor, ...]
-"""Keys and values (B, L, heads, C / heads); where not all tokens count, also which do, (B, L) bool."""
+from .products import project_wide
 
 
 def layer_norm(channels: int) -> nn.LayerNorm:
@@ -43,12 +40,14 @@ class ResponseScale(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """Shapes: (B, H, W, C), (1, 1, 1, C) twice -> (B, H, W, C)."""
         # A sum of squares: torch.norm over these axes takes ten times as long on a CPU.
-        norm = _squares(x).sum((1, 2), keepdim=True).sqrt()
+        image = _squares(x)
+        norm = image.sum((1, 2), keepdim=True).sqrt()
         mean = norm.mean(-1, keepdim=True) + 1e-6
         share = norm / mean
         scale = 1 + full(gamma) * share
         ctx.save_for_backward(x, gamma, norm, mean, share, scale)
-        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+        # The squares' memory serves again: to ask for as much anew costs a CPU more than to compute in it.
+        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype), out=image if image.dtype is x.dtype else None)
 
     @staticmethod
     @once_differentiable
@@ -57,11 +56,12 @@ class ResponseScale(torch.autograd.Function):
         x, gamma, norm, mean, share, scale = ctx.saved_tensors
         # bfloat16 sums have a float32 accumulator; asking for a float32 result would copy the image first.
         result = None if x.dtype is torch.bfloat16 else norm.dtype
-        grad_scale = (grad * x).sum((1, 2), keepdim=True, dtype=result).to(norm.dtype)
+        image = grad * x
+        grad_scale = image.sum((1, 2), keepdim=True, dtype=result).to(norm.dtype)
         grad_share = grad_scale * full(gamma)
         grad_norm = (grad_share - (grad_share * share).mean(-1, keepdim=True)) / mean
         pull = torch.where(norm > 0, grad_norm / norm, 0)
-        grad_x = torch.addcmul(grad * scale.to(grad.dtype), x, pull.to(x.dtype))
+        grad_x = torch.mul(grad, scale.to(grad.dtype), out=image).addcmul_(x, pull.to(x.dtype))
         grad_beta = grad.sum((0, 1, 2), keepdim=True, dtype=result)
         return grad_x, (grad_scale * share).sum(0, keepdim=True).to(gamma.dtype), grad_beta.to(gamma.dtype)
 
@@ -101,7 +101,7 @@ def channelwise(c_in: int, c: int, dropout: float) -> nn.Sequential:
 def widened_branch(layers: nn.Sequential, x: Tensor) -> Tensor:
     """`layers(x)`, finite in float16, whose result is float32. Shapes: (..., c_in) -> (..., C)."""
     first, *rest, last = layers
-    hidden = saturate(apply_linear(first, x))
+    hidden = saturate(first(x))
     for layer in rest:
         hidden = layer(hidden)
     return project_wide(last, hidden)
@@ -187,7 +187,7 @@ class SDCascadeTimestepBlock(nn.Module):
 def _map(mapper: Any, part: Tensor, dtype: torch.dtype) -> Tensor:
     if is_plain(mapper, nn.Linear):
         bias = None if mapper.bias is None else mapper.bias.to(part.dtype)
-        return linear(part, mapper.weight.to(part.dtype), bias)
+        return F.linear(part, mapper.weight.to(part.dtype), bias)
     return mapper(cast_for(mapper, part, dtype)).to(part.dtype)
 
 
@@ -209,10 +209,10 @@ class SDCascadeAttnBlock(nn.Module):
 
     def forward(self, x: Tensor | None, condition: Tensor | KeysValues) -> Tensor | KeysValues:
         """The image, or the keys and values of the condition where `x` is None; see the class for shapes."""
-        if not isinstance(condition, tuple):
+        if isinstance(condition, Tensor):
             # The tokens come activated: SiLU is the same for all blocks and runs once per forward.
-            condition = self.attention.keys_values(apply_linear(self.kv_mapper[1], condition))
+            condition = self.kv_mapper[1](condition)
         if x is None:
-            return condition
+            return condition if isinstance(condition, tuple) else self.attention.keys_values(condition)
         tokens = narrow(self.norm(x), condition[0]).flatten(1, 2)
-        return x + self.attention(tokens, *condition, self_attn=self.self_attn).view_as(x)
+        return x + self.attention(tokens, condition, self.self_attn).view_as(x)

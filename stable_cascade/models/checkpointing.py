@@ -12,15 +12,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from stable_cascade.compilation import as_written
 
-from .products import ONEDNN
-
 SELECTIVE = "selective"
 """The value of the config key `gradient_checkpointing` that means this."""
 _aten = torch.ops.aten
 PRODUCTS = {
     _aten.mm.default, _aten.addmm.default, _aten.linear.default, _aten.convolution.default, _aten._int_mm.default,
     _aten._scaled_mm.default,
-    *([] if ONEDNN is None else [ONEDNN.default]),
 }  # fmt: skip
 BATCHED_PRODUCTS = {_aten.bmm.default, _aten.baddbmm.default}
 ATTENTION = {

@@ -9,7 +9,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .plain import cast_for, narrow, to_channels_first, to_channels_last, widen
-from .products import apply_linear, pointwise
+from .products import pointwise
 
 
 @dataclass
@@ -26,7 +26,7 @@ def as_sequence(x: Tensor) -> Tensor:
 
 def map_tokens(mapper: nn.Module, x: Tensor, width: int | None = None) -> Tensor:
     """Mapped vectors, each cut into as many tokens of `width` as it has. Shapes: (B, n, C) -> (B, n * k, width)."""
-    mapped = apply_linear(mapper, cast_for(mapper, x))
+    mapped = mapper(cast_for(mapper, x))
     return mapped if width is None else mapped.reshape(mapped.shape[0], -1, width)
 
 

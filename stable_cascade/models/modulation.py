@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .blocks import SDCascadeTimestepBlock
 from .plain import is_plain, without_autocast
-from .products import linear
 
 
 def timestep_embedding(ratio: Tensor, width: int, positions: int = 10000) -> Tensor:
@@ -81,10 +80,9 @@ def joined_mappers(model: Any, dtype: torch.dtype) -> JoinedMappers | None:
 
 
 def modulate(model: Any, embedding: Tensor, joined: JoinedMappers | None) -> dict[str, Tensor]:
-    """[a, b] of every timestep block by key; empty where each block has to compute its own."""
-    joined = joined or joined_mappers(model, embedding.dtype)
+    """[a, b] of every timestep block by key; empty where each computes its own, nothing having been joined."""
     if joined is None:
         return {}
     with without_autocast(embedding.device):
-        both = linear(embedding, joined.weight, joined.bias)
+        both = F.linear(embedding, joined.weight, joined.bias)
     return dict(zip(joined.outputs, both.split(list(joined.outputs.values()), dim=1), strict=True))

@@ -1,8 +1,4 @@
-"""The matrix product of every linear layer, by the library that is fastest at it.
-
-torch multiplies float32 on x86 by MKL, though it has oneDNN too, which took a tenth to a third less time for the
-products of a step on the CPUs measured (docs/performance.md). Elsewhere, and in other types, torch's choice stands.
-"""
+"""Layers of which one matrix product is all, computed on images with channels last."""
 
 from __future__ import annotations
 
@@ -11,31 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .plain import is_plain, saturate, to_channels_first, to_channels_last
-
-LEAST = 2**24
-"""Multiplications from which a product goes to oneDNN; below, each call costs more than the product saves."""
-ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
-"""oneDNN's product in torch, which torch itself calls in compiled graphs; None where MKL is not what it replaces."""
-
-
-def apply_linear(layer: Any, x: Tensor) -> Tensor:
-    """`layer(x)` of a linear layer, or of what an adapter or a quantiser put in its place.
-
-    Shapes: (..., in_features) -> (..., out_features).
-    """
-    return linear(x, layer.weight, layer.bias) if is_plain(layer, nn.Linear) else layer(x)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X weight^T + bias, with gradients. Shapes: (..., K), (M, K), (M,) -> (..., M)."""
-    if not _is_for_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)
-    return _product(x, weight, bias)
 
 
 def pointwise(conv: Any, x: Tensor) -> Tensor:
@@ -44,8 +17,34 @@ def pointwise(conv: Any, x: Tensor) -> Tensor:
     Shapes: (B, H, W, C) -> (B, H, W, C').
     """
     if is_plain(conv, nn.Conv2d):
-        return linear(x, conv.weight.flatten(1), conv.bias)
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
     return to_channels_last(conv(to_channels_first(x)))
+
+
+def halve(conv: Any, x: Tensor) -> Tensor:
+    """A 2x2 convolution of stride 2 as a matrix product over the pixels of each square.
+
+    torch's convolution would first bring the weights, which are the larger factor, into the order of the image.
+
+    Shapes: (B, H, W, C) -> (B, H / 2, W / 2, C'), rounded down.
+    """
+    if not is_plain(conv, nn.Conv2d):
+        return to_channels_last(conv(to_channels_first(x)))
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    squares = x[:, : 2 * height, : 2 * width].unflatten(2, (width, 2)).unflatten(1, (height, 2))
+    return F.linear(squares.permute(0, 1, 3, 5, 2, 4).flatten(3), conv.weight.flatten(1), conv.bias)
+
+
+def double(conv: Any, x: Tensor) -> Tensor:
+    """A transposed 2x2 convolution of stride 2 as a matrix product that makes the square of each pixel.
+
+    Shapes: (B, H, W, C) -> (B, 2 H, 2 W, C').
+    """
+    if not is_plain(conv, nn.ConvTranspose2d):
+        return to_channels_last(conv(to_channels_first(x)))
+    bias = None if conv.bias is None else conv.bias.repeat_interleave(4)
+    squares = F.linear(x, conv.weight.flatten(1).t(), bias).unflatten(3, (-1, 2, 2))
+    return squares.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
 
 
 def project_wide(layer: Any, x: Tensor) -> Tensor:
@@ -54,50 +53,6 @@ def project_wide(layer: Any, x: Tensor) -> Tensor:
     The factor is a power of two, so that nothing is rounded by it.
     """
     if not is_plain(layer, nn.Linear) or layer.weight.dtype is not torch.float16:
-        return saturate(apply_linear(layer, x))
+        return saturate(layer(x))
     product = F.linear(x * 2.0**-6, layer.weight).float() * 2.0**6
     return product if layer.bias is None else product + layer.bias.float()
-
-
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        ONEDNN is not None
-        and x.device.type == "cpu"
-        and x.dtype is torch.float32
-        and weight.dtype is torch.float32
-        and x.numel() * weight.shape[0] >= LEAST
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _opaque(x, weight, bias) if torch.compiler.is_compiling() else ONEDNN(x, weight, bias, "none", [], "")
-
-
-@torch.library.custom_op("stable_cascade::linear", mutates_args=())
-def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for graphs: inductor has plans of its own for oneDNN's product, which hold for packed weights only."""
-    return ONEDNN(x, weight, bias, "none", [], "")
-
-
-@_opaque.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wanted = ctx.needs_input_grad
-        ctx.save_for_backward(x if wanted[1] else None, weight if wanted[0] else None)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = None if weight is None else _product(grad, weight.t(), None)
-        # MKL is as fast here, where both factors are read by columns.
-        grad_weight = None if x is None else rows.t() @ x.flatten(0, -2)
-        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import KeysValues
 from .blocks import (
-    KeysValues,
     SDCascadeAttnBlock,
     SDCascadeFeedForwardBlock,
     SDCascadeResBlock,
@@ -23,8 +23,8 @@ from .blocks import (
     layer_norm,
 )
 from .modulation import JoinedMappers, blocks_of
-from .plain import narrow, resize, saturate, to_channels_first, to_channels_last, widen
-from .products import pointwise
+from .plain import narrow, resize, saturate, to_channels_last, widen
+from .products import double, halve, pointwise
 
 NO_SPLIT = ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock", "SDCascadeFeedForwardBlock"]
 # A network with the submodules named above; type checkers see a module's attributes as tensors or modules only.
@@ -254,7 +254,7 @@ def rescale(scaler: nn.Module, x: Tensor) -> Tensor:
     normalised = narrow(norm(x), next(layer.parameters()))
     if isinstance(layer, UpDownBlock2d):
         return widen(layer(normalised))
-    return widen(to_channels_last(layer(to_channels_first(normalised))))
+    return widen((double if isinstance(layer, nn.ConvTranspose2d) else halve)(layer, normalised))
 
 
 def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | None, run: Run) -> Tensor:

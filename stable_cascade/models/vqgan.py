@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .pretrained import PretrainedMixin
-from .products import apply_linear
 from .tiling import WHOLE_BELOW, decode_margin, default_tile_side, encode_margin, tile_side, tiled
 
 COMMITMENT_WEIGHT = 0.25
@@ -76,12 +75,8 @@ class MixingBlock(nn.Module):
         """`x` mixed over space, then over channels."""
         scale, shift, gain, scale2, shift2, gain2 = self.gammas.unbind()
         x = x + self.depthwise(_normalised(x.permute(0, 2, 3, 1), scale, shift).permute(0, 3, 1, 2)) * gain
-        mixed = self._mix(_normalised(x.permute(0, 2, 3, 1), scale2, shift2))
+        mixed = self.channelwise(_normalised(x.permute(0, 2, 3, 1), scale2, shift2))
         return x + mixed.permute(0, 3, 1, 2) * gain2
-
-    def _mix(self, x: Tensor) -> Tensor:
-        first, activation, last = self.channelwise
-        return apply_linear(last, activation(apply_linear(first, x)))
 
 
 def _normalised(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
