@@ -2,7 +2,9 @@
 
 import io
 import os
+import re
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -270,3 +272,119 @@ def test_extreme_shapes_are_refused_by_their_header():
         bounds.check_shape(8_000_000, 1)
     with pytest.raises(ValueError, match="crop it"):
         image_size(encoded(Image.new("L", (4000, 1))))
+
+
+GOOD = {f"{i}.png": picture(seed=i) for i in range(19)} | {f"{i}.txt": "fine" for i in range(19)}
+PAIR = {"z.png": picture(seed=99), "z.txt": "x"}
+
+
+@pytest.mark.parametrize("kind", [b"g", b"K", b"x", b"L"])
+@pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"\x80" + bytes(3) + (1 << 62).to_bytes(8, "big")])
+def test_extended_headers_of_impossible_size_are_one_line(kind, size):
+    with pytest.raises(ValueError, match=r"shard 'bad.tar' is damaged: .* claims [\d,]+ bytes; copy or make it again"):
+        list(tar_members(io.BytesIO(header(size, kind) + bytes(10240)), "bad.tar"))
+
+
+def test_a_header_of_a_megabyte_takes_a_moment():
+    content = header(b"%011o" % (1 << 20), b"x") + (b"5 a=\n" * (1 << 18))[: 1 << 20]
+    start = time.process_time()
+    assert list(tar_members(io.BytesIO(content + bytes(10240)), "big.tar")) == []
+    assert time.process_time() - start < 5  # slicing off one record after the other took 17 s
+
+
+@pytest.mark.parametrize(("members", "links", "told"), [
+    ({}, ("z.png", "z.txt"), "a.tar/z: its picture is a link in the tar, not a file"),
+    ({"z.png": picture(seed=99)}, ("z.txt",), "a.tar/z: its caption is a link in the tar, not a file"),
+    ({".z.png": picture(seed=99), ".z.txt": "x"}, (),
+     "a.tar/.z: its name begins with a dot, so it is hidden; rename it"),
+    ({"z.png": picture(seed=99), "z.txt": "x", "z.v2.png": picture(seed=98), "z.v2.txt": "y"}, (),
+     "a.tar/z.v2: it is not found, because a key ends at the first dot of a name"),
+])  # fmt: skip
+def test_pairs_that_a_tar_hides_are_told(tmp_path, members, links, told):
+    path = write_tar(tmp_path / "a.tar", GOOD | members)
+    with tarfile.open(path, "a") as tar:
+        for number, name in enumerate(links):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE)[number], "0.png"
+            tar.addfile(link)
+    samples = index_samples(str(path), cache_dir=str(tmp_path / "cache"))
+    assert samples.report.unreadable == 1
+    assert samples.report.unreadable_keys[0].startswith(told)
+
+
+@pytest.mark.parametrize("members", [
+    {".DS_Store": "x", "._0.png": b"shadow", "._0.txt": "Mac OS X"}, {".z.png": picture(seed=99)},
+    {"0.thumb.png": picture(seed=98)}, {"0.mask.png": picture(seed=97)},
+])  # fmt: skip
+def test_what_was_not_meant_to_be_trained_is_not_told(tmp_path, members):
+    assert indexed(tmp_path, GOOD | members).report.unreadable == 0
+
+
+def captions_of(samples):
+    return {samples.key(i).rsplit("/", 1)[1]: samples.caption(i) for i in range(len(samples))}
+
+
+def test_prepare_gives_each_picture_the_caption_of_its_own_name(tmp_path):
+    files = {"A.png": picture(seed=1), "A.txt": "upper", "a.png": picture(seed=2), "a.TXT": "lower"}
+    assert captions_of(prepared(tmp_path, files)[1]) == {"A": "upper", "a": "lower"}
+
+
+def test_prepare_lends_no_caption_to_a_second_picture(tmp_path):
+    with pytest.raises(ValueError, match=r"1 of 2 pictures have no caption, for example .*A\.png"):
+        prepared(tmp_path, {"A.png": picture(seed=1), "a.png": picture(seed=2), "a.txt": "lower"})
+
+
+@pytest.mark.parametrize(("files", "told"), [
+    ({"gone.txt": "a fox"}, "left out: 1 texts have no picture beside them, for example gone.txt"),
+    ({"gone.psd": b"8BPS", "gone.json": '{"text": "a fox"}'}, "texts have no picture beside them, for example gone.j"),
+    ({".z.png": picture(seed=99), ".z.txt": "x"}, "left out: 2 files and folders are hidden, their names begin with"),
+    ({".more/z.png": picture(seed=99)}, "left out: 1 files and folders are hidden, .* for example .more"),
+])  # fmt: skip
+def test_prepare_names_what_it_leaves_out(tmp_path, files, told):
+    report, samples = prepared(tmp_path, GOOD | files)
+    assert len(samples) == 19
+    assert re.search(told, str(report))
+
+
+def test_prepare_has_nothing_to_say_of_a_folder_in_order(tmp_path):
+    report, _ = prepared(tmp_path, GOOD | {".DS_Store": "x", "._0.png": b"shadow"})
+    assert report.notes == ()
+
+
+def test_two_captions_in_rows_of_one_picture_are_refused(tmp_path):
+    rows = "file_name,text,score\nm.png,one,1\nm.png,{},2\n"
+    files = {"m.png": picture(), "metadata.csv": rows.format("two")}
+    with pytest.raises(ValueError, match=r"metadata.csv' row 2 gives 'm.png' another text than a row before; keep"):
+        prepared(tmp_path, files)
+    assert captions_of(prepared(tmp_path, files | {"metadata.csv": rows.format("one")})[1]) == {"m": "one"}
+
+
+def test_metadata_in_linked_folders_and_other_case_is_read(tmp_path):
+    for name, data in {"q.png": picture(), "Metadata.csv": b"file_name,text\nq.png,hello\n"}.items():
+        (tmp_path / "else").mkdir(exist_ok=True)
+        (tmp_path / "else" / name).write_bytes(data)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "else")
+    assert captions_of(prepared(tmp_path, GOOD)[1])["q"] == "hello"
+
+
+def test_tars_of_other_names_in_a_folder_of_shards(tmp_path, caplog):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("00.tar", "01.TAR", ".02.tar"):
+        write_tar(folder / name, {f"{name[-5]}{key}": value for key, value in PAIR.items()})
+    (folder / "deeper").mkdir()
+    write_tar(folder / "deeper" / "03.tar", PAIR)
+    assert len(index_samples(str(folder), cache_dir=str(tmp_path / "cache"))) == 2
+    assert "hidden tars are not read, for example '.02.tar'" in caplog.text
+    assert "tars in its subfolders are not read, for example 'deeper/03.tar'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["01.tar.gz", "01.tgz", "01.TAR.ZST"])
+def test_compressed_tars_in_a_folder_of_shards_are_refused(tmp_path, name):
+    write_tar(tmp_path / "00.tar", PAIR)
+    (tmp_path / name).write_bytes(b"packed")
+    with pytest.raises(ValueError, match=rf"holds 1 compressed tars, for example '{re.escape(name)}'; unpack them"):
+        index_samples(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    write_tar(tmp_path / "01.tar", {"y.png": picture(seed=5), "y.txt": "x"})  # unpacked beside it
+    assert len(index_samples(str(tmp_path), cache_dir=str(tmp_path / "cache"))) == 2

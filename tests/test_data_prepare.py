@@ -23,6 +23,9 @@ def folder_of(path: Path, files: dict[str, bytes | str]) -> Path:
     return path
 
 
+HIDDEN = "left out: 1 files and folders are hidden, their names begin with a dot, for example .hidden"
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     files: dict[str, bytes | str] = {
@@ -45,7 +48,7 @@ def folder(tmp_path) -> Path:
 
 def test_captions_and_metadata(folder, tmp_path):
     report = prepare_shards(folder, tmp_path / "out")
-    assert str(report) == "wrote 5 samples in 1 shards"
+    assert str(report) == f"wrote 5 samples in 1 shards\n{HIDDEN}"
     samples = index_samples(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     found = {samples.key(i): samples.read(i)[1] for i in range(len(samples))}
     assert found == {
@@ -153,7 +156,7 @@ def test_masks(folder, tmp_path):
     mask = picture(20, 10, seed=9)
     folder_of(folder, {"a.mask.png": mask, "sub/d.mask.webp": picture(seed=8, kind="WEBP")})
     report = prepare_shards(folder, tmp_path / "out")
-    assert str(report) == "wrote 5 samples in 1 shards\n2 of them have a mask"
+    assert str(report) == f"wrote 5 samples in 1 shards\n2 of them have a mask\n{HIDDEN}"
     samples = index_samples(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), masks=True)
     assert len(samples) == 5
     assert samples.report.masked == 2

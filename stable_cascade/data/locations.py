@@ -12,12 +12,15 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO
 
+from stable_cascade.wording import quoted
+
 from .retries import ShardFailure, may_pass, short, with_retries
 
 log = logging.getLogger(__name__)
 
 _OPEN_FILES = 128
 _READ_AHEAD = 1 << 20
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 ASIDE_SECONDS = 60.0
 """How long a remote shard that keeps failing is left alone."""
@@ -71,10 +74,37 @@ def _expand(place: str) -> list[str]:
     if os.path.isfile(place):
         return [place]
     if os.path.isdir(place):
-        return _tars_or_error(place, sorted(glob.glob(os.path.join(glob.escape(place), "*.tar"))), "folder")
+        return _tars_of_folder(place)
     if any(letter in place for letter in "*?["):
         return _tars_or_error(place, sorted(path for path in glob.glob(place, recursive=True)), "pattern")
     raise ValueError(f"webdataset_path {place!r} does not exist{_neighbours(place)}")
+
+
+def _tars_of_folder(place: str) -> list[str]:
+    """The tars in a folder, whatever the case of their names.
+
+    Raises:
+        ValueError: there are none, or some are compressed and not unpacked beside it.
+    """
+    names = sorted(os.listdir(place))
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    packed = [name for name in names if name.lower().endswith(_PACKED)]
+    left = [name for name in packed if f"{name[: name.lower().rindex('.t')]}.tar" not in tars]
+    if left:
+        raise ValueError(
+            f"webdataset_path {place!r} holds {len(left):,} compressed tars, for example {left[0]!r}; unpack them to "
+            "plain .tar files, or take them out of the folder"
+        )
+    hidden = [name for name in tars if name.startswith(".")]
+    if hidden:
+        log.warning("%s: hidden tars are not read, for example %s", place, quoted(hidden[0]))
+    deeper = sorted(glob.glob(os.path.join(glob.escape(place), "*", "*.tar")))
+    if deeper and len(tars) > len(hidden):
+        log.warning(
+            "%s: tars in its subfolders are not read, for example %s; the pattern '**/*.tar' names them all",
+            place, quoted(os.path.relpath(deeper[0], place)),
+        )  # fmt: skip
+    return _tars_or_error(place, [os.path.join(place, name) for name in tars if name not in hidden], "folder")
 
 
 def _neighbours(place: str) -> str:
@@ -106,7 +136,7 @@ def _expand_remote(place: str) -> list[str]:
 
     def names_below() -> list[str]:
         files.invalidate_cache()
-        return files.glob(path) if pattern else [name for name in files.find(path) if name.endswith(".tar")]
+        return files.glob(path) if pattern else [name for name in files.find(path) if name.lower().endswith(".tar")]
 
     try:
         names = with_retries(f"webdataset_path {place!r}", names_below)

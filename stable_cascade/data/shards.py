@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -126,14 +126,17 @@ class _Sample:
     text_hash: int = 0
     content: dict[str, Any] | None = None
     fault: str = ""
-    dotted: bool = False
+    compound: set[str] = field(default_factory=set)
+    """The extensions of its pictures that have a dot, such as `thumb.png`."""
+    lost: bool = False
+    """It has a picture and a caption, of which the tar's names or kinds of members let nothing be read."""
 
     def counts(self, caption_member: str) -> bool:
         """Whether it was meant to be trained: it has a picture, or a caption whose picture is missing."""
         if "image" not in self.spans and caption_member in self.spans:
             self.fault = self.fault or f"it has a caption and no picture ({', '.join(map(quoted, self.spans))})"
             return True
-        return "image" in self.spans
+        return self.lost or "image" in self.spans
 
     def has_caption(self, captions: CaptionSource) -> bool:
         if captions.member != "json" or self.content is None:
@@ -153,9 +156,11 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
     """Every sample by its key. Headers and texts are read on the way, so that a remote shard is passed once."""
     samples: dict[str, _Sample] = {}
     others: list[tuple[str, str]] = []
+    hidden: list[str] = []
     for name, span in tar_members(file, location, others):
         key, extension = _split(name)
         if not extension:
+            hidden.append(name)
             continue
         sample = samples.setdefault(key, _Sample({}))
         rank = _image_rank(extension)
@@ -171,8 +176,6 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
             sample.spans[extension] = span
             if extension in {caption_member, "json" if want_json else ""}:
                 _read_text(file, span, sample, extension)
-            elif extension.endswith(f".{caption_member}"):
-                sample.dotted = True
             continue
         if rank == sample.rank:
             raise ValueError(
@@ -183,17 +186,58 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
             sample.rank, sample.spans["image"] = rank, span
             sample.size, sample.hash, fault = _header(file, span)
             sample.fault = sample.fault or fault
+        if extension not in IMAGE_EXTENSIONS:
+            sample.compound.add(extension)
     for name, kind in others:
-        other = samples.get(_split(name)[0])
-        if other is not None and "image" not in other.spans:
-            other.fault = f"its picture is {kind} in the tar, not a file"
-    for sample in samples.values():
-        if sample.dotted and caption_member not in sample.spans:
-            sample.fault = sample.fault or (
-                "its caption is not found, because a key ends at the first dot of a name and this one has more; "
-                "`stable-cascade prepare` makes shards of files with such names"
-            )
+        _tell_other(samples, name, kind, caption_member)
+    for key, sample in list(samples.items()):
+        _tell_dotted(samples, key, sample, caption_member)
+    _tell_hidden(samples, hidden, caption_member)
     return samples
+
+
+def _tell_other(samples: dict[str, _Sample], name: str, kind: str, caption_member: str) -> None:
+    """A picture or a caption that is a link or a device is its sample's fault."""
+    key, extension = _split(name)
+    picture = bool(extension) and _image_rank(extension) is not None and _mask_rank(extension) is None
+    if not picture and extension != caption_member:
+        return
+    sample = samples.setdefault(key, _Sample({}))
+    if ("image" if picture else caption_member) in sample.spans:
+        return
+    sample.lost = sample.lost or picture
+    sample.fault = sample.fault or f"its {'picture' if picture else 'caption'} is {kind} in the tar, not a file"
+
+
+def _tell_dotted(samples: dict[str, _Sample], key: str, sample: _Sample, caption_member: str) -> None:
+    """Pictures with captions whose names have another dot: `a.v2.jpg` and `a.v2.txt` belong to the sample `a`."""
+    ending = f".{caption_member}"
+    captions = {extension.removesuffix(ending) for extension in sample.spans if extension.endswith(ending)}
+    if captions and caption_member not in sample.spans:
+        sample.fault = sample.fault or f"its caption is not found, because {_DOTTED}"
+        return
+    for extension in sorted(sample.compound):
+        middle, _, last = extension.rpartition(".")
+        if middle in captions and last in IMAGE_EXTENSIONS:
+            samples.setdefault(f"{key}.{middle}", _Sample({}, fault=f"it is not found, because {_DOTTED}", lost=True))
+
+
+_DOTTED = (
+    "a key ends at the first dot of a name and this one has more; `stable-cascade prepare` makes shards of files with "
+    "such names"
+)
+
+
+def _tell_hidden(samples: dict[str, _Sample], names: Sequence[str], caption_member: str) -> None:
+    """Pairs of picture and caption whose names begin with a dot; the `._` shadows of macOS are nothing."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        stem, dot, extension = name.rpartition(".")
+        if dot and not posixpath.basename(name).startswith("._"):
+            found.setdefault(stem, set()).add(extension.lower())
+    for stem, extensions in found.items():
+        if caption_member in extensions and extensions & set(IMAGE_EXTENSIONS):
+            samples[stem] = _Sample({}, fault="its name begins with a dot, so it is hidden; rename it", lost=True)
 
 
 def _read_text(file: BinaryIO, span: Span, sample: _Sample, kind: str) -> None:

@@ -46,6 +46,7 @@ def tar_members(
             raise _damaged(location, f"the header at byte {place} is invalid")
         kind, length = header[156:157], _size(header[124:136], location, place)
         data = place + _BLOCK
+        _check_end(data + length, length, location, place)
         if kind in b"xL":
             if length > bounds.TAR_HEADER:
                 raise _damaged(location, f"the extended header at byte {place} claims {length:,} bytes")
@@ -59,8 +60,7 @@ def tar_members(
                 name, size = _pax(content, name, size)
         elif kind not in b"gK":  # global headers and link names say nothing about files
             length = length if size is None else size
-            if data + length > bounds.MEMBER_END:
-                raise _damaged(location, f"the member at byte {place} claims {length:,} bytes")
+            _check_end(data + length, length, location, place)
             if kind in b"0\x007":
                 yield name or _own_name(header), (data, length)
             elif kind in OTHER_KINDS and others is not None:
@@ -82,6 +82,11 @@ OTHER_KINDS = {
 
 def _damaged(location: str, what: str) -> ShardFailure:
     return ShardFailure(f"shard {location!r} is damaged: {what}; copy or make it again")
+
+
+def _check_end(end: int, length: int, location: str, place: int) -> None:
+    if end > bounds.MEMBER_END:
+        raise _damaged(location, f"the member at byte {place} claims {length:,} bytes")
 
 
 def _size(field: bytes, location: str, place: int) -> int:
@@ -143,12 +148,13 @@ def _own_name(header: bytes) -> str:
 
 def _pax(content: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
     """(path, size) with what the records `length key=value` of a pax header say."""
-    while content:
-        digits, _, _ = content.partition(b" ")
+    place = 0
+    while place < len(content):
+        digits = content[place : place + 10].partition(b" ")[0]
         if not digits.isdigit() or len(digits) > 9 or not int(digits):
             break
-        record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
-        key, _, value = record.partition(b"=")
+        key, _, value = content[place + len(digits) + 1 : place + int(digits) - 1].partition(b"=")
+        place += int(digits)
         if key == b"path":
             name = value.decode("utf-8", errors="surrogateescape")
         elif key == b"size" and value.isdigit():
