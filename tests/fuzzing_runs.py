@@ -210,6 +210,6 @@ def _use_run(run: Path) -> None:
 
 
 SURFACES = (
-    Surface("shard structure", _make_tar, _use_tar, _sound_tar),
+    Surface("shard structure", _make_tar, _use_tar, _sound_tar, subjects=("dataset_filters",)),
     Surface("run folder", _make_run, _use_run, _sound_run),
 )
