@@ -22,7 +22,7 @@ IMAGES = ROOT / "docs" / "images"
 HELD_OUT = ROOT / "examples" / "embedded" / "held_out_200.webp"
 SIDE, ZOOM, GAP, LABEL = 64, 3, 6, 18
 
-EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds_pooled")
+EMBEDS = ("prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds", "negative_prompt_embeds_pooled")
 
 Cell = tuple[str, Image.Image]
 
@@ -126,8 +126,8 @@ def prompts(pipeline: Any) -> None:
     rows: list[list[Cell]] = [[], []]
     for weight in (0, 0.2, 0.4, 0.6, 1, 2):
         text = f"panda, flat style, (on pink background:{weight})"
-        rows[0].append((f"weight {weight}", drawn(pipeline.encode_prompt(text, weighted=True), 2)))
-    one, two = (pipeline.encode_prompt(text) for text in ("tulip, flat style", "lollipop, flat style"))
+        rows[0].append((f"weight {weight}", drawn(pipeline.encode_prompt(prompt=text, weighted=True), 2)))
+    one, two = (pipeline.encode_prompt(prompt=text) for text in ("tulip, flat style", "lollipop, flat style"))
     for share in (0, 0.2, 0.4, 0.5, 0.6, 1):
         mixed = [torch.lerp(first, second, share) for first, second in zip(one, two, strict=True)]
         rows[1].append((f"{share:g} of the other", drawn(mixed, 3)))

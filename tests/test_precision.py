@@ -81,8 +81,8 @@ def test_two_hundred_pictures_are_as_good_as_float32s(precision, everything, for
 
 
 def draw(pipeline, prompt, guidance, height, width):
-    text = pipeline.encode_prompt(prompt, weighted=True)
-    names = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds_pooled")
+    text = pipeline.encode_prompt(prompt=prompt, weighted=True)
+    names = ("prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds", "negative_prompt_embeds_pooled")
     return pipeline(
         **dict(zip(names, text, strict=True)), prior_guidance_scale=guidance, decoder_guidance_scale=guidance,
         height=height, width=width, prior_num_inference_steps=2, num_inference_steps=1, generator=seed(),

@@ -19,7 +19,7 @@ PARTS = tiny_parts()
 TOKENIZER, ENCODER = PARTS["tokenizer"], PARTS["text_encoder"]
 ROOM = TOKENIZER.model_max_length - 2
 SHORT, LONG, LONGER = "red dog", "a photo of a red dog " * 3, "snails of a red snail " * 6
-KEYS = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds_pooled")
+KEYS = ("prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds", "negative_prompt_embeds_pooled")
 
 
 def seeds(*numbers):
@@ -41,8 +41,12 @@ def embed(prompts, **settings):
     return encode_windows(ENCODER, TOKENIZER, [prompt_windows(TOKENIZER, one) for one in prompts], **settings)
 
 
-def embeddings(pipeline, *arguments, **settings):
-    return dict(zip(KEYS, pipeline.encode_prompt(*arguments, **settings), strict=True))
+def embeddings(pipeline, prompt, negative_prompt=None, **settings):
+    return dict(zip(KEYS, encode(pipeline, prompt, negative_prompt, **settings), strict=True))
+
+
+def encode(pipeline, prompt, negative_prompt=None, **settings):
+    return pipeline.encode_prompt(prompt=prompt, negative_prompt=negative_prompt, **settings)
 
 
 # Windows
@@ -170,7 +174,7 @@ def test_embeddings_of_a_prompt_give_its_picture(pipeline):
 def test_shapes_and_order_of_the_embeddings(pipeline):
     length = TOKENIZER.model_max_length
     given = embeddings(pipeline, [SHORT, "dog " * (ROOM + 1)], "snail", num_images_per_prompt=2)
-    assert [tuple(given[key].shape) for key in KEYS] == [(4, 2 * length, 32)] * 2 + [(4, 1, 32)] * 2
+    assert [tuple(given[key].shape) for key in KEYS] == [(4, 2 * length, 32), (4, 1, 32)] * 2
     hidden, pooled, _ = encode_prompts(ENCODER, TOKENIZER, [SHORT, "snail", ""])
     assert torch.allclose(given["prompt_embeds"][:2, :length], hidden[:1], atol=1e-6)
     assert not given["prompt_embeds"][:2, length:].any()
@@ -267,16 +271,16 @@ def test_any_text_is_read_or_refused_in_one_line():
 
 
 def test_weight_one_changes_no_bit(pipeline):
-    plain = pipeline.encode_prompt([SHORT, LONG], "snail")
-    marked = pipeline.encode_prompt(["(red:1) (dog:1.0)", LONG], "(snail:1)", weighted=True)
+    plain = encode(pipeline, [SHORT, LONG], "snail")
+    marked = encode(pipeline, ["(red:1) (dog:1.0)", LONG], "(snail:1)", weighted=True)
     assert all(torch.equal(one, two) for one, two in zip(plain, marked, strict=True))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.6])
 def test_a_weight_moves_the_hidden_state_away_from_the_empty_prompt(pipeline, weight):
     """`dog` is token 2 after the start; nothing else moves, nor does the pooled text."""
-    plain, negative, pooled, _ = pipeline.encode_prompt(SHORT)
-    moved, still, same, _ = pipeline.encode_prompt(f"red (dog:{weight})", weighted=True)
+    plain, pooled, negative, _ = encode(pipeline, SHORT)
+    moved, same, still, _ = encode(pipeline, f"red (dog:{weight})", weighted=True)
     expected = plain.clone()
     expected[0, 2] = negative[0, 2] + weight * (plain[0, 2] - negative[0, 2])
     assert torch.allclose(moved, expected, atol=1e-5)
@@ -288,8 +292,8 @@ def test_a_weight_moves_the_hidden_state_away_from_the_empty_prompt(pipeline, we
 
 def test_weights_reach_the_second_window(pipeline):
     prompt = "red " * ROOM + "dog"
-    plain = pipeline.encode_prompt(prompt)[0]
-    moved = pipeline.encode_prompt("red " * ROOM + "(dog:2)", weighted=True)[0]
+    plain = encode(pipeline, prompt)[0]
+    moved = encode(pipeline, "red " * ROOM + "(dog:2)", weighted=True)[0]
     far = (moved - plain).abs().amax(-1)[0]
     assert far.argmax() == TOKENIZER.model_max_length + 1
     assert far.sum() - far.max() < 1e-4

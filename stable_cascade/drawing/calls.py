@@ -30,8 +30,9 @@ def text_arguments(pipeline: Any, drawing: Drawing) -> dict[str, Any]:
     negative = drawing.negative_prompt or None
     if not drawing.weighted:
         return {"prompt": drawing.prompt, "negative_prompt": negative}
-    names = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds_pooled")
-    return dict(zip(names, pipeline.encode_prompt(drawing.prompt, negative, weighted=True), strict=True))
+    names = ("prompt_embeds", "prompt_embeds_pooled", "negative_prompt_embeds", "negative_prompt_embeds_pooled")
+    embeds = pipeline.encode_prompt(prompt=drawing.prompt, negative_prompt=negative, weighted=True)
+    return dict(zip(names, embeds, strict=True))
 
 
 def picture_arguments(drawing: Drawing, inputs: Inputs) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from .folders import FromFolderMixin
 from .habits import HabitsMixin
 from .inputs import check_size
 from .outputs import check_output_type
-from .prompts import PromptArguments
+from .prompts import EncodePromptMixin, PromptArguments
 from .source import Source, read_source
 from .stages import begin, decode, draw_vq, embed_text, stage_settings
 from .tiling import VAETilingMixin
 
 
 class StableCascadeDecoderPipeline(  # type: ignore[misc]
-    HabitsMixin, FromFolderMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
+    HabitsMixin, FromFolderMixin, EncodePromptMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
     """Semantic latents to pictures.
 

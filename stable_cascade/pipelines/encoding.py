@@ -1,9 +1,9 @@
-"""Prompts to embeddings: the text of a call, and `encode_prompt` for whoever wants the embeddings themselves."""
+"""Prompts to embeddings, rows of different lengths side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,62 +11,8 @@ from torch import Tensor
 
 from stable_cascade.models.prompt_windows import attended_tokens, encode_windows, prompt_windows
 
-from .inputs import check_count, prompt_list, whole
-
 Embedded = tuple[Tensor, Tensor]
 """Hidden states (B, L, D) and pooled text (B, 1, P)."""
-
-
-class EncodePromptMixin:
-    """`encode_prompt` for a pipeline that has a text encoder."""
-
-    if TYPE_CHECKING:  # what the pipeline beside this mixin has
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        weighted: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""`prompt_embeds`, `negative_prompt_embeds`, `prompt_embeds_pooled`, `negative_prompt_embeds_pooled`.
-
-        Prompts of any length up to 20 windows of CLIP's 75 tokens; zeros fill up the shorter rows of a batch.
-
-        Shapes: (B, L, D) twice, (B, 1, P) twice; B is prompts times `num_images_per_prompt`.
-
-        Args:
-            weighted: reads `(words:1.3)` and `(words)`; brackets that are text are written `\(`.
-
-        Raises:
-            ValueError: no text encoder, a prompt that is too long, or a mistake in the weights.
-        """
-        if isinstance(prompt, torch.device) or (isinstance(prompt, str) and isinstance(negative_prompt, int)):
-            raise ValueError(
-                "encode_prompt takes the prompt first here: encode_prompt(prompt, negative_prompt, "
-                "num_images_per_prompt); docs/migration.md says what it returns"
-            )
-        prompts = prompt_list(prompt)
-        negatives = prompt_list("" if negative_prompt is None else negative_prompt, "negative_prompt")
-        if len(negatives) not in (1, len(prompts)):
-            raise ValueError(
-                f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; give one, or one per prompt"
-            )
-        num_images_per_prompt = whole(num_images_per_prompt)
-        check_count(num_images_per_prompt)
-        if self.text_encoder is None:
-            raise ValueError("encode_prompt needs a text_encoder, and this pipeline has none")
-        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
-        device = self._execution_device
-        own, negative = encode_texts(self.text_encoder, self.tokenizer, prompts, negatives, device, weighted=weighted)
-        assert own is not None
-        assert negative is not None
-        hidden, negative_hidden = same_length(own[0], negative[0])
-        rows = (hidden, negative_hidden, own[1], negative[1])
-        return tuple(row.repeat_interleave(num_images_per_prompt, dim=0) for row in rows)  # type: ignore[return-value]
 
 
 def encode_texts(

@@ -17,7 +17,7 @@ from stable_cascade.formats.json_files import read_config
 from stable_cascade.models.pretrained import check_no_adapter
 from stable_cascade.wording import brief, quoted
 
-from .habits import without_foreign
+from .habits import under_our_names, without_foreign
 from .hub import HUB_OPTIONS
 from .places import WITHOUT_WEIGHTS, check_places, find, folders_of, has_variant, small_networks
 
@@ -81,7 +81,7 @@ class FromFolderMixin:
         needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         torch_dtype = kwargs.pop("dtype", torch_dtype)
         device = device_of(kwargs.pop("device_map", None))
-        kwargs = without_foreign(kwargs)
+        kwargs = without_foreign(under_our_names(kwargs) if "decoder" in needed and "prior" in needed else kwargs)
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
         unknown = sorted(set(kwargs) - set(needed) - set(settings))

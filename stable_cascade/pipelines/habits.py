@@ -2,11 +2,67 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 SCHEDULERS = ("scheduler", "prior_scheduler")
 FOREIGN = ("safety_checker", "requires_safety_checker", "add_watermarker", "watermark")
 """Arguments of other pipelines of diffusers, whose absence (None, False) may be asked for here as well."""
+
+
+OF_PRIOR = {
+    f"prior_{name}": name for name in ("prior", "text_encoder", "tokenizer", "feature_extractor", "image_encoder")
+}
+"""diffusers' names for Stage C's components in the combined pipeline, and ours: one of a kind serves both stages."""
+
+
+class OtherName:
+    """An attribute under a second name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, pipeline: Any, owner: type) -> Any:
+        return self if pipeline is None else getattr(pipeline, self.name)
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        setattr(pipeline, self.name, value)
+
+
+def under_our_names(components: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with Stage C's components under our names.
+
+    Raises:
+        ValueError: the two stages have different text encoders or tokenizers.
+    """
+    own = {name: value for name, value in components.items() if name not in OF_PRIOR}
+    for theirs, name in OF_PRIOR.items():
+        if theirs in components and not _same(own.setdefault(name, components[theirs]), components[theirs]):
+            raise ValueError(f"{theirs} and {name} differ; one serves both stages here, so give {name} alone")
+    return own
+
+
+def with_diffusers_names(make: Callable[..., None]) -> Callable[..., None]:
+    """A constructor of the combined pipeline that also takes diffusers' names of its components."""
+
+    @functools.wraps(make)
+    def made(self: Any, *args: Any, **components: Any) -> None:
+        make(self, *args, **under_our_names(components))
+
+    return made
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two components are one, or hold the same weights or words; what is None agrees with anything."""
+    if one is other or one is None or other is None:
+        return True
+    if isinstance(one, torch.nn.Module) and isinstance(other, torch.nn.Module):
+        states = one.state_dict(), other.state_dict()
+        return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    return getattr(one, "get_vocab", dict)() == getattr(other, "get_vocab", dict)()
 
 
 class HabitsMixin:

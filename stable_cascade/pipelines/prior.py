@@ -13,12 +13,11 @@ from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
 from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
-from .encoding import EncodePromptMixin
 from .folders import FromFolderMixin
 from .habits import HabitsMixin
 from .inputs import default_side
 from .outputs import StableCascadePriorPipelineOutput, check_output_type
-from .prompts import PromptArguments
+from .prompts import EncodePromptMixin, PromptArguments
 from .references import image_conditions
 from .source import read_source
 from .stages import begin, check_call, draw_semantic, embed_text, stage_settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from stable_cascade.models.clip_image import clip_pixels
 
 from .encoding import encode_texts, same_length, window_counts
-from .inputs import prompt_list
+from .inputs import check_count, prompt_list, whole
 from .outputs import to_pixels
 from .sampling import Text, repeat_text
 
@@ -84,6 +84,64 @@ class PromptArguments:
         return given * self.count if len(given) == 1 else given
 
 
+class EncodePromptMixin:
+    """`encode_prompt` for a pipeline that has a text encoder."""
+
+    if TYPE_CHECKING:  # what the pipeline beside this mixin has
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_pooled: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_pooled: Tensor | None = None,
+        weighted: bool = False,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        r"""`prompt_embeds`, `prompt_embeds_pooled`, `negative_prompt_embeds`, `negative_prompt_embeds_pooled`.
+
+        Arguments and result are those of diffusers' method; `encode_prompt(prompt=…)` is enough. Prompts of any length
+        up to 20 windows of CLIP's 75 tokens; zeros fill up the shorter rows of a batch.
+
+        Shapes: (B, L, D), (B, 1, P), the same again; B is prompts times `num_images_per_prompt`.
+
+        Args:
+            device: for the embeddings, by default the pipeline's.
+            batch_size: to how many rows one prompt is repeated; by default the number of prompts.
+            do_classifier_free_guidance: False leaves the negative ones None.
+            prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds, negative_prompt_embeds_pooled: taken as they
+                are in place of a text.
+            weighted: reads `(words:1.3)` and `(words)`; brackets that are text are written `\(`.
+
+        Raises:
+            ValueError: no text encoder, a prompt that is too long, or a mistake in the weights.
+        """
+        if isinstance(device, list) or (isinstance(device, str) and prompt is None and prompt_embeds is None):
+            raise ValueError(
+                "encode_prompt begins with device and batch_size, as in diffusers; name the prompt: prompt=…"
+            )
+        arguments = PromptArguments(
+            prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,
+            negative_prompt_embeds_pooled, pooled_only=True,
+        )  # fmt: skip
+        arguments = arguments if batch_size is None else arguments.for_count(whole(batch_size))
+        copies = whole(num_images_per_prompt)
+        check_count(copies)
+        text = encode(
+            arguments, self.text_encoder, self.tokenizer, torch.device(device or self._execution_device),
+            guided=do_classifier_free_guidance, copies=copies, weighted=weighted,
+        )  # fmt: skip
+        return text.hidden, text.pooled, text.negative_hidden, text.negative_pooled
+
+
 def encode(
     arguments: PromptArguments,
     text_encoder: Any,
@@ -92,6 +150,7 @@ def encode(
     *,
     guided: bool,
     copies: int = 1,
+    weighted: bool = False,
 ) -> Text:
     """The text of a call, one row per image; rows of different lengths end in zeros, which nothing attends to.
 
@@ -109,7 +168,9 @@ def encode(
     if prompts or negatives:
         hidden = _row(given[0], arguments.count, device)
         windows = None if hidden is None else window_counts(hidden, tokenizer)
-        own, against = encode_texts(text_encoder, tokenizer, prompts, negatives, device, windows=windows)
+        own, against = encode_texts(
+            text_encoder, tokenizer, prompts, negatives, device, weighted=weighted, windows=windows
+        )
         given, negative = own or given, against or negative
     hidden, pooled, negative_hidden, negative_pooled = (
         _row(row, arguments.count, device) for row in (*given, *negative)

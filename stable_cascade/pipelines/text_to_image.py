@@ -15,12 +15,11 @@ from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
 from .decoder import StableCascadeDecoderPipeline
-from .encoding import EncodePromptMixin
 from .folders import FromFolderMixin
-from .habits import HabitsMixin
+from .habits import OF_PRIOR, HabitsMixin, OtherName, with_diffusers_names
 from .inputs import default_side
 from .prior import StableCascadePriorPipeline
-from .prompts import PromptArguments
+from .prompts import EncodePromptMixin, PromptArguments
 from .references import image_conditions
 from .source import read_source
 from .stages import (
@@ -64,6 +63,11 @@ class StableCascadePipeline(  # type: ignore[misc]
     _optional_components = ["image_encoder", "feature_extractor", "semantic_encoder", "previewer", "controlnet"]
     _callback_tensor_inputs = CALLBACK_TENSORS
 
+    prior_prior, prior_text_encoder, prior_tokenizer, prior_feature_extractor, prior_image_encoder = (
+        OtherName(name) for name in OF_PRIOR.values()
+    )
+
+    @with_diffusers_names
     def __init__(
         self,
         tokenizer: Any,
