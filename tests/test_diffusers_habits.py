@@ -7,8 +7,14 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 
-from stable_cascade import StableCascadeDecoderPipeline, StableCascadePipeline, StableCascadePriorPipeline
+from stable_cascade import (
+    StableCascadeDecoderPipeline,
+    StableCascadePipeline,
+    StableCascadePrior,
+    StableCascadePriorPipeline,
+)
 from stable_cascade.schedulers import StableCascadeScheduler
+from tests.tiny_cascade import MULTIPLE, PRIOR
 from tests.tiny_pipelines import cascade
 
 SMALL = {"height": 64, "width": 64}
@@ -195,3 +201,86 @@ def test_names_of_adapters_have_no_dots(tmp_path):
     save_lora(tmp_path, prior=trained.prior)
     with pytest.raises(ValueError, match=r"adapter_name 'style.v1' has a dot"):
         copied().load_lora_weights(tmp_path, adapter_name="style.v1")
+
+
+def networks_of(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("diffusion_pytorch_model*")}
+
+
+def test_a_variant_and_the_size_of_shards_reach_every_network(pipeline, tmp_path):
+    """A pipeline passes on what it finds among the arguments of a network's own `save_pretrained`."""
+    pipeline.save_pretrained(tmp_path / "a", variant="bf16")
+    assert {name.split("/")[1] for name in networks_of(tmp_path / "a")} == {"diffusion_pytorch_model.bf16.safetensors"}
+    StableCascadePipeline.from_pretrained(tmp_path / "a", variant="bf16")
+    pipeline.save_pretrained(tmp_path / "b", max_shard_size="20KB")
+    assert "prior/diffusion_pytorch_model.safetensors.index.json" in networks_of(tmp_path / "b")
+
+
+def test_the_combined_pipeline_takes_diffusers_names(pipeline):
+    parts = dict(pipeline.components)
+    theirs = {name: parts[name] for name in ("text_encoder", "tokenizer", "decoder", "scheduler", "vqgan")}
+    theirs |= {f"prior_{name}": parts[name] for name in ("prior", "text_encoder", "tokenizer")}
+    theirs |= {
+        "prior_scheduler": parts["prior_scheduler"],
+        "prior_image_encoder": None,
+        "prior_feature_extractor": None,
+    }
+    made = StableCascadePipeline(**theirs, resolution_multiple=MULTIPLE)
+    assert made.prior is made.prior_prior is parts["prior"]
+    assert made.prior_text_encoder is parts["text_encoder"]
+    made.prior_prior = other = copy.deepcopy(parts["prior"])
+    assert made.prior is made.components["prior"] is other
+    mine = StableCascadePipeline(**parts, resolution_multiple=MULTIPLE)
+    assert made.config.keys() == mine.config.keys()
+
+
+def test_two_text_encoders_that_differ_are_refused(pipeline):
+    parts = dict(pipeline.components)
+    other = copy.deepcopy(parts["text_encoder"])
+    assert StableCascadePipeline(**parts, prior_text_encoder=other).text_encoder is parts["text_encoder"]
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(ValueError, match="prior_text_encoder and text_encoder differ; one serves both stages here"):
+        StableCascadePipeline(**parts, prior_text_encoder=other)
+
+
+def test_diffusers_names_of_components_are_read_by_from_pretrained(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    other = copy.deepcopy(pipeline.prior)
+    assert StableCascadePipeline.from_pretrained(tmp_path, prior_prior=other).prior is other
+
+
+@pytest.mark.parametrize("kind", ["whole", "prior", "decoder"])
+def test_encode_prompt_as_diffusers_calls_it(pipeline, kind):
+    pipe = {"whole": pipeline, "prior": pipeline.prior_pipe, "decoder": pipeline.decoder_pipe}[kind]
+    named = pipe.encode_prompt(
+        prompt="red dog", device=torch.device("cpu"), batch_size=1, num_images_per_prompt=2,
+        do_classifier_free_guidance=True, negative_prompt="snail", prompt_embeds=None, prompt_embeds_pooled=None,
+        negative_prompt_embeds=None, negative_prompt_embeds_pooled=None,
+    )  # fmt: skip
+    assert [one.shape[:2] for one in named] == [(2, 12), (2, 1)] * 2
+    in_order = pipe.encode_prompt("cpu", 1, 2, True, "red dog", "snail")
+    assert all(torch.equal(one, other) for one, other in zip(named, in_order, strict=True))
+    alone = pipe.encode_prompt("cpu", 3, 1, False, "red dog")
+    assert alone[0].shape[0] == 3
+    assert alone[2:] == (None, None)
+    again = pipe.encode_prompt("cpu", 3, 1, False, prompt_embeds=alone[0], prompt_embeds_pooled=alone[1])
+    assert torch.equal(again[0], alone[0])
+
+
+def test_a_text_in_place_of_the_device_is_told(pipeline):
+    with pytest.raises(
+        ValueError, match="begins with device and batch_size, as in diffusers; name the prompt: prompt=…"
+    ):
+        pipeline.encode_prompt("red dog")
+
+
+def test_networks_of_diffusers_share_their_parameters_with_ours():
+    from diffusers.models import StableCascadeUNet
+
+    theirs = StableCascadeUNet(**PRIOR)
+    ours = StableCascadePriorPipeline(tokenizer=None, text_encoder=None, prior=theirs, scheduler=None).to(
+        torch.bfloat16
+    )
+    assert type(ours.prior) is StableCascadePrior
+    assert theirs.dtype is torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,24 @@ class PretrainedMixin:
             return load(place, **kwargs)
         return ask(name, partial(load, name), **kwargs)
 
-    def save_pretrained(self, save_directory: Place, *args: Any, **kwargs: Any) -> None:
-        """Writes config and weights into a folder; arguments as diffusers has them.
+    def save_pretrained(
+        self,
+        save_directory: Place,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes config and weights into a folder; arguments as diffusers has them, where pipelines look for them.
 
         Raises:
             ValueError: adapters are in the network, whose layers would be saved under names that nothing reads.
         """
         check_no_adapter(self, type(self).__name__)
-        super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(  # type: ignore[misc]
+            local_path(save_directory), is_main_process, save_function, safe_serialization, variant, max_shard_size,
+            push_to_hub, **kwargs,
+        )  # fmt: skip

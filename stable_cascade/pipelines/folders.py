@@ -255,10 +255,10 @@ def own_scheduler(config: dict[str, Any], of_prior: bool) -> Any:
 
 
 def _own_network(name: str, network: Any) -> Any:
-    """Our network with the weights of diffusers' one, which are not copied."""
+    """Our network with the parameters of diffusers' one, so that what changes one (`to`, training) changes both."""
     from stable_cascade.models.loading import on_meta
 
     module, cls_name = COMPONENTS[name]
     model = on_meta(getattr(importlib.import_module(module), cls_name), dict(network.config))
-    model.load_state_dict(network.state_dict(), strict=True, assign=True)
+    model.load_state_dict(network.state_dict(keep_vars=True), strict=True, assign=True)
     return model.train(network.training)
