@@ -11,8 +11,8 @@ SURFACES: dict[str, Surface] = {
     for surface in module.SURFACES
 }
 CASES = {
-    "weights": 900, "controlnet file": 500, "lora keys": 1200, "lora header": 600, "learned tokens": 500,
-    "pickle": 200,
+    "weights": 900, "controlnet file": 500, "lora keys": 1000, "lora header": 600, "peft folder": 200,
+    "learned tokens": 500, "pickle": 200,
     "inspect": 1300, "pipeline folder": 400, "picture bytes": 1200, "drawing picture": 1000, "drawing record": 500,
     "control picture": 300, "config file": 300, "command": 300,
     "shard structure": 500, "run folder": 300,

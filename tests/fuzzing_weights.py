@@ -19,7 +19,7 @@ from tests import fuzzing_images
 from tests.fuzzing import Surface
 from tests.fuzzing_folders import mutated_folder, mutated_json, parts, sound_folder
 from tests.fuzzing_headers import file_of, laid_out, mutated_file, sound
-from tests.fuzzing_lora import mutated_lora
+from tests.fuzzing_lora import KINDS, SETS, mutated_lora
 from tests.fuzzing_pictures import make_picture, write
 
 CONTROLNET = {"in_channels": 1, "projection_channels": 16, "blocks": [0, 2], "bottleneck": "simple"}
@@ -109,6 +109,36 @@ def _make_lora_header(rng: random.Random, folder: Path) -> tuple[str, Path]:
         rng, sizes, {"lora_adapter_metadata": configs}, ("lora_adapter_metadata", "ss_network_args")
     )
     return kind, write(folder, "lora.safetensors", data)
+
+
+def _make_peft_folder(rng: random.Random, folder: Path) -> tuple[str, Path]:
+    """A folder as PEFT writes it, its config or its tensors damaged, sometimes a pickle."""
+    from safetensors.torch import save
+
+    tensors = {f"base_model.model.{key.removeprefix('prior.')}": value for key, value in SETS["peft"](rng).items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "use_dora": False, "bias": "none",
+              "target_modules": ["to_q", "to_k"], "alpha_pattern": {"to_q": 8}, "rank_pattern": {},
+              "modules_to_save": None, "init_lora_weights": True,
+              "auto_mapping": {"base_model_class": "StableCascadePrior"}}  # fmt: skip
+    kind, text = rng.choice([mutated_json, mutated_json, lambda _, whole: ("same", whole)])(
+        rng, json.dumps(config).encode()
+    )
+    write(folder, "adapter_config.json", text)
+    if kind == "same" or rng.random() < 0.2:
+        change = rng.choice(["missing", "rank", "width", "axes", "dora", "types", "not finite", "foreign", "same"])
+        KINDS[change](rng, tensors, {})
+        kind = f"{kind}, {change}"
+    tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
+    if rng.random() < 0.2:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        write(folder, "adapter_model.safetensors", save(tensors))
+    return kind, folder
+
+
+def _use_peft_folder(path: Path) -> None:
+    """Loads it; a refused folder must have changed nothing."""
+    _updates(_adapted()["prior"], path)
 
 
 def _use_lora(path: Path) -> None:
@@ -308,6 +338,7 @@ SURFACES = (
     Surface("controlnet file", _make_controlnet, _use_controlnet, warm),
     Surface("lora keys", _make_lora, _use_lora, warm, subjects=("train_tokens",)),
     Surface("lora header", _make_lora_header, _use_lora, warm, subjects=("train_tokens",)),
+    Surface("peft folder", _make_peft_folder, _use_peft_folder, warm, subjects=("adapter_model",)),
     Surface("learned tokens", _make_tokens, _use_tokens, warm, subjects=("learned token '",)),
     Surface("pickle", _make_pickle, _use_pickle, warm),
     Surface("inspect", make_anything, _use_inspect, warm),

@@ -97,6 +97,7 @@ def test_the_files_name_and_a_pickle_mean_the_same(tmp_path):
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"something_new": 3}, "something_new: '3', which is not read here"),
+        ({"two\nlines": 3}, "two.*lines: '3', which is not read here"),
         ({"r": None}, "names no r or no lora_alpha"),
         ({"lora_alpha": None}, "names no r or no lora_alpha"),
         ({"lora_alpha": "8"}, "as lora_alpha; mend it"),
@@ -121,13 +122,41 @@ def test_a_config_that_is_none_is_an_error_and_not_a_guess(tmp_path):
         load_lora(base, tmp_path)
 
 
-@pytest.mark.parametrize("end", ["_lora.{}.weight", ".lora_linear_layer.{}.weight"])
-def test_older_endings_that_comfyui_reads(end):
+@pytest.mark.parametrize(
+    ("down_end", "up_end"),
+    [
+        (".lora_down.weight", ".lora_up.weight"),
+        ("_lora.down.weight", "_lora.up.weight"),
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora.down.weight", ".lora.up.weight"),
+        (".lora_A", ".lora_B"),
+        (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+        (".lora_A.default.weight", ".lora_B.default.weight"),
+    ],
+)
+def test_every_ending_of_a_lora_that_comfyui_reads(down_end, up_end):
     down, up = torch.randn(2, 8), torch.randn(8, 2)
     layer = "diffusion_model.down_blocks.0.attn.to_out"
-    lora = files.read({layer + end.format("down"): down, layer + end.format("up"): up})
-    (part,) = lora.parts.values()
-    assert sorted(key.rsplit(".", 2)[1] for key in part) == ["lora_A", "lora_B"]
+    (part,) = files.read({layer + down_end: down, layer + up_end: up}).parts.values()
+    name = layer.removeprefix("diffusion_model.")
+    assert part.keys() == {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+    assert torch.equal(part[f"{name}.lora_A.weight"], down)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{part}" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")),
+        "a1.weight", "a2.weight", "b1.weight", "b2.weight", "oft_blocks", "lora_mid.weight", "reshape_weight",
+        "w_norm", "b_norm", "diff", "diff_b", "set_weight",
+    ],
+)  # fmt: skip
+def test_every_other_ending_that_comfyui_reads_is_refused_by_its_kind(end):
+    layer = "diffusion_model.down_blocks.0.attn.to_out"
+    sound = {f"{layer}.lora_down.weight": torch.ones(2, 8), f"{layer}.lora_up.weight": torch.ones(8, 2)}
+    with pytest.raises(ValueError, match=rf"is an? .*, by its key '{layer}.{end}', and only LoRA and DoRA are read"):
+        files.read({**sound, f"{layer}.{end}": torch.ones(2, 2)})
 
 
 @pytest.mark.parametrize("over", ["inputs", "outputs"])

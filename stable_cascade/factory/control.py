@@ -14,7 +14,9 @@ from torch import Tensor
 from stable_cascade.data import Batch
 from stable_cascade.diffusion.noise import sample_generators
 from stable_cascade.formats.controlnet import DESCRIPTION, read_description, read_shapes, save_controlnet
+from stable_cascade.formats.json_files import read_config
 from stable_cascade.models.controlnet import StableCascadeControlNet
+from stable_cascade.wording import brief
 
 from .inputs import shown
 from .networks import frozen, network, network_on_meta
@@ -200,15 +202,16 @@ def _check_checkpoint(where: str, model: StableCascadeControlNet) -> None:
     if place.is_file():
         found = read_description(place).get("config")
     else:
-        found = json.loads((_folder(where) / "config.json").read_text(encoding="utf-8"))
+        found = read_config(_folder(where) / "config.json")
     names = {
         "in_channels": "channels of controlnet_filter", "blocks": "controlnet_blocks",
         "bottleneck": "controlnet_bottleneck_mode", "projection_channels": "width of the prior",
     }  # fmt: skip
     for key, name in names.items() if found else ():
-        if _listed(found[key]) != _listed(model.config[key]):
+        had = found.get(key, "not noted")
+        if _listed(had) != _listed(model.config[key]):
             raise ValueError(
-                f"controlnet_checkpoint_path '{where}' was trained with {name} {found[key]}, this config has "
+                f"controlnet_checkpoint_path '{where}' was trained with {name} {brief(had, 80)}, this config has "
                 f"{model.config[key]}; set what it was trained with"
             )
     if place.is_file() and place.suffix == ".safetensors":

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.formats.json_files import read_json
 from stable_cascade.hub import hub_file
 
 from .clip import clip_source
@@ -70,7 +71,7 @@ def remember(config: Any, kinds: Iterable[str]) -> None:
 def _memory(folder: Path) -> dict[str, str]:
     """Path of a network -> its hash, of the networks that filled the cache."""
     try:
-        return json.loads((folder / _SOURCES).read_text())
+        return read_json(folder / _SOURCES)
     except (OSError, ValueError):
         return {}
 

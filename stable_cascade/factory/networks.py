@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from stable_cascade import models
+from stable_cascade.formats.json_files import read_config
 from stable_cascade.hub import HubError, NotAskedError, ask
 from stable_cascade.models.loading import single_file_config
 from stable_cascade.models.presets import PRESETS
@@ -114,7 +114,7 @@ def network_on_meta(config: Any, name: str) -> nn.Module:
     where, cls = source(config, name), network_class(name)
     description = Path(where) / "config.json"
     if description.exists():
-        arguments = json.loads(description.read_text())
+        arguments = read_config(description)
     elif Path(where).is_file() and file_preset(config, name) is None:
         arguments = single_file_config(cls, NETWORKS[name].component, where)
     elif where == SCRATCH or Path(where).exists():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from stable_cascade.formats.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training.card_usage import usage
 from stable_cascade.training.sheets import sheet_pictures
@@ -103,9 +103,9 @@ def read_export(folder: Path) -> Export:
         kinds = kinds or ["tokens"]
     for description in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
         if description.is_file():
-            values = json.loads(description.read_text())
-            kind = _PARTS.get(values.get("_class_name", ""), "")
-            if not kind and "CLIP" in "".join(values.get("architectures") or ()):
+            values = read_json(description)
+            kind = _PARTS.get(str(values.get("_class_name")), "")
+            if not kind and "CLIP" in str(values.get("architectures")):
                 kind = "text_encoder"
             kinds += [kind] if kind and kind not in kinds else []
     if not kinds:

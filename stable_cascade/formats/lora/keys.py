@@ -45,6 +45,8 @@ ENDINGS = {
     ".lora_linear_layer.up.weight": "lora_B.weight",
     ".lora.down.weight": "lora_A.weight",
     ".lora.up.weight": "lora_B.weight",
+    ".lora_A": "lora_A.weight",
+    ".lora_B": "lora_B.weight",
     ".lora_B.bias": "lora_B.bias",
     ".lora_B.default.bias": "lora_B.bias",
     ".lora_magnitude_vector": "lora_magnitude_vector",
@@ -84,6 +86,7 @@ _OTHER_ADAPTERS = (
     (re.compile(r"\.(b?oft_|oft_R)"), "an OFT adapter"),
     (re.compile(r"\.[ab][12]\.weight$"), "a GLoRA adapter (LyCORIS)"),
     (re.compile(r"\.lora_mid\."), "a LoCon adapter with Tucker decomposition (LyCORIS)"),
+    (re.compile(r"\.reshape_weight$"), "a LoRA that widens its layers (ComfyUI)"),
     (re.compile(r"\.(diff|diff_b|set_weight|w_norm|b_norm)$"), "a file of weight differences"),
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_cascade.formats.json_files import read_json
-from stable_cascade.wording import quoted
+from stable_cascade.wording import brief, quoted
 
 CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -33,7 +33,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
 
     def refused(key: str, remedy: str) -> ValueError:
-        return ValueError(f"{quoted(path)} has {key}: {quoted(config.get(key), 60)}, which {remedy}")
+        return ValueError(f"{quoted(path)} has {brief(key, 60)}: {quoted(config.get(key), 60)}, which {remedy}")
 
     if config.get("peft_type", "LORA") != "LORA":
         raise refused("peft_type", "is no LoRA; merge it into the network with PEFT")
