@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
+from safetensors.torch import save_file
 
 from stable_cascade import (
     StableCascadeDecoderPipeline,
@@ -284,3 +285,28 @@ def test_networks_of_diffusers_share_their_parameters_with_ours():
     )
     assert type(ours.prior) is StableCascadePrior
     assert theirs.dtype is torch.bfloat16
+
+
+def test_a_type_under_its_newer_name(tmp_path):
+    """diffusers calls `torch_dtype` `dtype` as well; so does everything here that takes it."""
+    pipeline = copied()
+    stage = tmp_path / "stage_c.safetensors"
+    save_file(pipeline.prior.to_original(), stage)
+    config = dict(pipeline.prior.config)
+    assert StableCascadePrior.from_single_file(stage, config=config, dtype=torch.bfloat16).dtype == torch.bfloat16
+    made = StableCascadePriorPipeline.from_single_file(
+        stage, config={"prior": config}, dtype=torch.bfloat16, text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+    )  # fmt: skip
+    assert made.prior.dtype == torch.bfloat16
+    assert StableCascadePriorPipeline.from_pipe(made, dtype=torch.float16).prior.dtype == torch.float16
+    with pytest.raises(ValueError, match="torch_dtype 'bfloat16' is no type of torch"):
+        StableCascadePrior.from_single_file(stage, config=config, torch_dtype="bfloat16")
+    with pytest.raises(ValueError, match="subfolder 'prior' is one of the folder that config names"):
+        StableCascadePrior.from_single_file(stage, config=config, subfolder="prior")
+
+
+def test_a_stage_without_its_network_is_told(pipeline):
+    parts = {**pipeline.prior_pipe.components, "prior": None}
+    with pytest.raises(ValueError, match="this StableCascadePriorPipeline has no prior"):
+        StableCascadePriorPipeline(**parts)("red dog")

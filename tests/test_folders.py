@@ -356,15 +356,49 @@ prior_output = prior(prompt="red dog", height=128, width=128, num_inference_step
 images = decoder(image_embeddings=prior_output.image_embeddings, prompt="red dog", num_inference_steps=1).images
 images[0].save("cascade.png")
 """
+SINGLE_FILES = """
+import torch
+from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline, StableCascadeUNet
+
+prior_unet = StableCascadeUNet.from_single_file(
+    "stabilityai/stage_c.safetensors",
+    config="stabilityai/stable-cascade-prior",
+    subfolder="prior",
+    dtype=torch.bfloat16,
+)
+decoder_unet = StableCascadeUNet.from_single_file(
+    "stabilityai/stage_b.safetensors", config="stabilityai/stable-cascade", subfolder="decoder", dtype=torch.bfloat16
+)
+
+prior = StableCascadePriorPipeline.from_pretrained(
+    "stabilityai/stable-cascade-prior", prior=prior_unet, dtype=torch.bfloat16
+)
+decoder = StableCascadeDecoderPipeline.from_pretrained(
+    "stabilityai/stable-cascade", decoder=decoder_unet, dtype=torch.bfloat16
+)
+assert {prior.prior.dtype, prior.text_encoder.dtype, decoder.decoder.dtype} == {torch.bfloat16}
+prior_output = prior(prompt="red dog", height=128, width=128, negative_prompt="", num_inference_steps=1)
+decoder(
+    image_embeddings=prior_output.image_embeddings, prompt="red dog", negative_prompt="", num_inference_steps=1
+).images[0].save("cascade.png")
+"""
 
 
-@pytest.mark.parametrize("snippet", [TWO_STAGES, COMBINED, LITE], ids=["two stages", "combined", "lite"])
+@pytest.mark.parametrize(
+    "snippet",
+    [TWO_STAGES, TWO_STAGES.replace("torch_dtype", "dtype"), COMBINED, LITE, SINGLE_FILES],
+    ids=["two stages", "newer name of the type", "combined", "lite", "single files"],
+)
 def test_code_for_diffusers_changes_its_import_line_only(snippet, released, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changed = [
         f"{line}\n".replace("from diffusers import", "from stable_cascade import") for line in snippet.split("\n")
     ]
     moved = "".join(changed).replace("stabilityai/", f"{released[0].parent}/")
+    if snippet == SINGLE_FILES:
+        for name, stage in (("prior", "stage_c"), ("decoder", "stage_b")):
+            save_file(released[2][name].to_original(), tmp_path / f"{stage}.safetensors")
+        moved = moved.replace(f"{released[0].parent}/stage_", f"{tmp_path}/stage_")
     (tmp_path / "script.py").write_text(moved)
     runpy.run_path(str(tmp_path / "script.py"))
     assert (tmp_path / "cascade.png").stat().st_size > 500

@@ -36,6 +36,8 @@ def load_single_file(
     torch_dtype: torch.dtype | None = None,
     *,
     device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    subfolder: str | None = None,
 ) -> Any:
     """A network of `cls` with the weights of `source`, in evaluation mode.
 
@@ -52,11 +54,22 @@ def load_single_file(
             the file says of itself, else the preset whose shapes the weights have.
         torch_dtype: type of the floating-point weights; None keeps the file's.
         device: where the weights go; None leaves them on the CPU.
+        dtype: `torch_dtype` under the name that newer code gives it.
+        subfolder: where below the folder `config` the config.json is.
 
     Raises:
         ValueError: the file is missing or damaged, holds something else, the config is not known, or names or shapes
             do not fit it.
     """
+    torch_dtype = torch_dtype if dtype is None else dtype
+    if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
+        raise ValueError(f"torch_dtype {quoted(torch_dtype)} is no type of torch; give one, such as torch.bfloat16")
+    if subfolder is not None:
+        if config is None or isinstance(config, Mapping):
+            raise ValueError(
+                f"subfolder {quoted(subfolder)} is one of the folder that config names; give config=FOLDER"
+            )
+        config = str(local_path(config) / subfolder)
     named = "state dict" if isinstance(source, Mapping) else f"weights file {quoted(source)}"
     content, metadata = (source, {}) if isinstance(source, Mapping) else read_file(source)
     check_names(content, named)

@@ -82,13 +82,13 @@ class HabitsMixin:
 
         Args:
             pipeline: any of this library's, or of diffusers' Stable Cascade pipelines.
-            **kwargs: components and config values to use instead of its own; `torch_dtype` for all networks, which
-                the other pipeline then has too.
+            **kwargs: components and config values to use instead of its own; `torch_dtype`, or `dtype`, for all
+                networks, which the other pipeline then has too.
 
         Raises:
             ValueError: the other pipeline lacks a component that is needed.
         """
-        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         optional = cls._optional_components  # type: ignore[attr-defined]
         unknown = sorted(set(kwargs) - set(needed) - set(settings))

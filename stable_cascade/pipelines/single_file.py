@@ -66,6 +66,7 @@ def pipeline_of_files(
     Raises:
         ValueError: a file holds something else than its name says, or components are missing.
     """
+    torch_dtype = kwargs.pop("dtype", torch_dtype)
     needed, settings = cls._get_signature_keys(cls)
     unknown = sorted(set(kwargs) - set(needed) - set(settings))
     if unknown:

@@ -77,7 +77,10 @@ def _check_networks(pipeline: Any, arguments: PromptArguments) -> None:
     Raises:
         ValueError: they are not.
     """
-    network = getattr(pipeline, "prior", None) or pipeline.decoder
+    first = "prior" if hasattr(pipeline, "prior") else "decoder"
+    network = getattr(pipeline, first)
+    if network is None:
+        raise ValueError(f"this {type(pipeline).__name__} has no {first}; build or load it with {first}=…")
     if network.dtype == torch.float64:
         raise ValueError("the networks are float64, and sampling is float32; call .to(torch.float32)")
     for name in ("prompt_embeds", "prompt_embeds_pooled"):
