@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stable_cascade.disk import local_path
 from stable_cascade.hub import ask
+from stable_cascade.wording import quoted
 
 Place = str | os.PathLike[str]
 
@@ -40,14 +41,27 @@ class PretrainedMixin:
 
         Raises:
             HubError: there is no such folder, and the Hub has no such repository or cannot be reached.
+            ValueError: weights are missing, which would begin at random (unless `output_loading_info` asks for the
+                list of them).
         """
-        load = super().from_pretrained  # type: ignore[misc]
+        told = kwargs.pop("output_loading_info", False)
+        load = partial(super().from_pretrained, output_loading_info=True)  # type: ignore[misc]
         place = local_path(pretrained_model_name_or_path)
         name = str(pretrained_model_name_or_path)
         # What can be no Hub name is diffusers' to refuse.
         if place.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-            return load(place, **kwargs)
-        return ask(name, partial(load, name), **kwargs)
+            network, info = load(place, **kwargs)
+        else:
+            network, info = ask(name, partial(load, name), **kwargs)
+        if told:
+            return network, info
+        if info["missing_keys"]:
+            keys = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{len(keys):,} of the weights of {cls.__name__} are missing in {quoted(name)}, for example {keys[0]}"
+                "; the files are incomplete, or config.json is another network's"
+            )
+        return network
 
     def save_pretrained(
         self,
