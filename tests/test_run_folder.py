@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -200,6 +201,17 @@ def test_deepspeed_asked_for_on_the_cpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="asked for DeepSpeed"):
         check_launch(config, accelerator)
+    with pytest.raises(ValueError, match="asked for DeepSpeed"):  # also where the package is not installed
+        make_accelerator(config)
+
+
+def test_fsdp_over_processes_without_accelerators_is_told_as_such(tmp_path, monkeypatch):
+    """Each process takes itself for the only one, whatever was asked for."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, value)
+    alone = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"))
+    with pytest.raises(ValueError, match=r"asks for FSDP, which needs an accelerator.*; launch .*cpu_2proc.yaml here"):
+        check_launch(toy_config(tmp_path), alone)
 
 
 def shard(path, seeds, caption="a fox"):

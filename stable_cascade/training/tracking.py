@@ -26,6 +26,14 @@ from stable_cascade.training.sheets import sheet_pictures
 log = logging.getLogger(__name__)
 
 LAUNCH_SHARDED = "launch with `accelerate launch --config_file accelerate_configs/fsdp.yaml`"
+NO_DEVICE = (
+    "the accelerate config asks for FSDP, which needs an accelerator such as a CUDA device, and this machine shows "
+    "none; launch accelerate_configs/cpu.yaml or cpu_2proc.yaml here"
+)
+NO_DEEPSPEED = (
+    "accelerate was asked for DeepSpeed, whose engine takes the steps itself, so that no bad step could be held back "
+    "and no run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights too"
+)
 
 
 def make_accelerator(config: TrainingSettings, **options: Any) -> Any:
@@ -35,16 +43,21 @@ def make_accelerator(config: TrainingSettings, **options: Any) -> Any:
     """
     from accelerate import Accelerator
 
+    # Asked before accelerate is: it wants the package first, and with the CPU asked for too it runs plain processes.
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(NO_DEEPSPEED)
     names = trackers_of(config)
     try:
         return Accelerator(log_with=names or None, project_dir=str(picture_folder(config)), **options)
     except RuntimeError as error:
         if "no available devices" not in str(error):
             raise
-        raise ValueError(
-            "the accelerate config asks for FSDP, which needs an accelerator such as a CUDA device, and this machine "
-            "shows none; launch accelerate_configs/cpu.yaml or cpu_2proc.yaml here"
-        ) from None
+        raise ValueError(NO_DEVICE) from None
+
+
+def _asked(variable: str) -> bool:
+    """Whether the launch sets one of accelerate's switches."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def trackers_of(config: TrainingSettings) -> list[str]:
@@ -78,18 +91,15 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and accelerator.num_processes == 1:
+        if _asked("ACCELERATE_USE_FSDP"):
+            raise ValueError(NO_DEVICE)
         raise ValueError(
             f"{started} processes were started, but each takes itself for the only one, and all would write the same "
             "files; on the CPU set ACCELERATE_USE_CPU=true before `accelerate launch`, elsewhere launch one process "
             "or mend distributed_type in the accelerate config"
         )
-    # accelerate runs plain processes where the launch asks for DeepSpeed and for the CPU.
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
-    if asked or getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
-        raise ValueError(
-            "accelerate was asked for DeepSpeed, whose engine takes the steps itself, so that no bad step could be "
-            "held back and no run resumed exactly; launch accelerate_configs/fsdp2.yaml, which shards the weights too"
-        )
+    if _asked("ACCELERATE_USE_DEEPSPEED") or getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
+        raise ValueError(NO_DEEPSPEED)
     sharded = is_sharded(accelerator)
     if config.use_fsdp and not sharded:
         raise ValueError(
