@@ -263,6 +263,20 @@ def test_a_run_resumes_on_its_own_data_alone(tmp_path, now, message):
         toy_train(toy_config(tmp_path, **settings), data=now)
 
 
+def test_a_run_goes_on_with_other_data_where_that_is_asked_for(tmp_path):
+    first, second = data([1, 2, 3]), data([4, 5], "a cat")
+    toy_train(toy_config(tmp_path, updates=4, lr_scheduler="constant"), data=first)
+    with pytest.raises(ValueError, match="set resume_with_other_data: True to go on with these"):
+        toy_train(toy_config(tmp_path, updates=8, lr_scheduler="constant"), data=second)
+    changed = toy_config(tmp_path, updates=8, lr_scheduler="constant", resume_with_other_data=True)
+    assert toy_train(changed, data=second).step == 8
+    # From then on its data are the new ones.
+    config = toy_config(tmp_path, updates=12, lr_scheduler="constant")
+    with pytest.raises(ValueError, match="trained on other data: 2 samples then, 3 now"):
+        toy_train(config, data=first)
+    assert toy_train(config, data=second).step == 12
+
+
 def test_other_content_under_the_same_path_is_refused_and_the_same_under_another_taken(tmp_path, toy_cascade):
     """Through a trainer, with its own index of the shards."""
     changes = {"updates": 2, "lr_scheduler": "constant", "train_tokens": None, "num_preview_images": 0}

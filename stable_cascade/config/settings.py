@@ -38,6 +38,8 @@ class RunSettings:
     """Seed of everything random: sample order, crops, noise, dropout, previews."""
     resume: str = "latest"
     """`latest` continues from the newest checkpoint, `latest_intact` from the newest undamaged; `never`; or a path."""
+    resume_with_other_data: bool = False
+    """Whether a run may go on with other data than it began with; False refuses them and tells what differs."""
     save_every: int = 1000
     """Steps between run checkpoints; each comes with an export of the model and a preview sheet."""
     backup_every: int | None = None

@@ -30,7 +30,8 @@ from stable_cascade.training.run_folder import RECORD, resumable, run_folder, st
 from stable_cascade.wording import brief, quoted
 
 FREE_KEYS = frozenset({
-    "experiment_id", "checkpoint_path", "output_path", "resume", "save_every", "backup_every", "log_every", "check",
+    "experiment_id", "checkpoint_path", "output_path", "resume", "resume_with_other_data",
+    "save_every", "backup_every", "log_every", "check",
     "checkpoints_total_limit", "tracker", "wandb_project", "wandb_entity", "push_to_hub", "hub_model_id",
     "hub_private", "ema_offload", "offload", "stage_b_checkpoint_path",
     "num_workers", "cache_dir", "max_broken_share", "validation_prompts", "num_preview_images", "preview_steps",
@@ -138,10 +139,11 @@ def read_checkpoint(
 
     Raises:
         DamagedError: a file is missing or damaged.
-        ValueError: keys that the weights depend on have other values, or the pictures are others.
+        ValueError: keys that the weights depend on have other values, or the pictures are others and the config does
+            not allow it.
     """
     record = _read_record(folder)
-    known = _refuse_other_data(folder, record.get("data"), data)
+    known = config.resume_with_other_data or _refuse_other_data(folder, record.get("data"), data)
     _refuse_other_settings(folder, record["settings"], config, DATA_PATHS if known else frozenset())
     parts = sorted(name for name in record["files"] if name.startswith(f"{PARTS}/"))
     for name, (size, check) in record["files"].items():
@@ -261,8 +263,8 @@ def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: M
     named = [key for key, content in saved["some"].items() if content in gone][:3]
     example = f" (not found again: {', '.join(map(quoted, named))})" if named and "order" not in told else ""
     raise ValueError(
-        f"resume from {folder}: it was trained on other data: {told}{example}; give the same data, or start anew from "
-        f"the trained model in {folder / 'export'} with another experiment_id, or set resume: never"
+        f"resume from {folder}: it was trained on other data: {told}{example}; give the same data, set "
+        "resume_with_other_data: True to go on with these, or start anew with another experiment_id or resume: never"
     )
 
 
