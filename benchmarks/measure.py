@@ -13,7 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results; `ratio` is above 1 where ours is better, `spread` its lowest and highest pair."""
+    """One line of the results; `ratio` is above 1 where ours is better, `spread` its lowest and highest pair.
+
+    `cpu` is the ratio of the processor's times, of all threads together, which a loaded machine does not distort.
+    """
 
     row: str
     ours: float
@@ -23,6 +26,7 @@ class Row:
     spread: tuple[float, float] | None
     peer_name: str
     note: str = ""
+    cpu: float | None = None
 
     def entry(self) -> dict[str, Any]:
         """The row as JSON has it."""
@@ -37,11 +41,16 @@ def synchronise() -> None:
 
 def seconds(function: Callable[[], Any]) -> float:
     """How long one call takes."""
+    return both_times(function)[0]
+
+
+def both_times(function: Callable[[], Any]) -> tuple[float, float]:
+    """How long one call takes, and how long its process computes in that time, in seconds."""
     synchronise()
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     function()
     synchronise()
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def memory(device: str = "cpu") -> float:
@@ -87,12 +96,14 @@ def in_turns(
     pairs = []
     for number in range(rounds):
         if number % 2:
-            theirs, own = seconds(peer), seconds(ours)
+            theirs, own = both_times(peer), both_times(ours)
         else:
-            own, theirs = seconds(ours), seconds(peer)
+            own, theirs = both_times(ours), both_times(peer)
         pairs.append((own, theirs))
-    ratios = sorted(theirs / own for own, theirs in pairs)
-    own, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    if unit != "s":
-        own, theirs = amount / own, amount / theirs
-    return Row(row, own, theirs, unit, statistics.median(ratios), (ratios[0], ratios[-1]), peer_name, note)
+    wall, processor = (sorted(theirs[kind] / own[kind] for own, theirs in pairs) for kind in (0, 1))
+    taken = [statistics.median(one[0] for one in column) for column in zip(*pairs, strict=True)]
+    own_shown, theirs_shown = taken if unit == "s" else (amount / one for one in taken)
+    return Row(
+        row, own_shown, theirs_shown, unit, statistics.median(wall), (wall[0], wall[-1]), peer_name, note,
+        None if torch.cuda.is_available() else statistics.median(processor),
+    )  # fmt: skip

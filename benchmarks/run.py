@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 import warnings
 from pathlib import Path
@@ -64,7 +65,8 @@ def line(row: Row) -> str:
     spread = "" if row.spread is None else f"{row.spread[0]:.2f} … {row.spread[1]:.2f}"
     peer = "" if row.peer is None else f"{row.peer:.3g}"
     named = "; ".join(filter(None, (row.peer_name, row.note)))
-    return f"| {row.row} | {row.ours:.3g} | {peer} | {row.unit} | {ratio} | {spread} | {named} |"
+    cpu = "" if row.cpu is None else f"{row.cpu:.2f}"
+    return f"| {row.row} | {row.ours:.3g} | {peer} | {row.unit} | {ratio} | {spread} | {cpu} | {named} |"
 
 
 def write_results(rows: list[Row], scale: Scale) -> Path:
@@ -78,8 +80,8 @@ def write_results(rows: list[Row], scale: Scale) -> Path:
         f"Networks: {scale.name}; type {str(scale.dtype).removeprefix('torch.')}; {torch.get_num_threads()} threads.",
         f"Python {platform.python_version()}, {versions}.",
         "Ours and the peer alternate in one process; the ratio is the median of the pairs and above 1 where ours is",
-        "better, the spread its lowest and highest pair.", "",
-        "| row | ours | peer | unit | ratio | spread | peer |", "|---|---|---|---|---|---|---|",
+        "better, the spread its lowest and highest pair; CPU is the median ratio of the processor's times.", "",
+        "| row | ours | peer | unit | ratio | spread | CPU | peer |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     path.write_text("\n".join([*head, *map(line, rows)]) + "\n", encoding="utf-8")
     return path
@@ -89,7 +91,18 @@ def hardware() -> str:
     """The GPU's name, or the CPU's kind and cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{len(os.sched_getaffinity(0))} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    cores, capability = len(os.sched_getaffinity(0)), torch.backends.cpu.get_cpu_capability()
+    return f"{cores} cores {_processor()} {capability}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b", "", names[0]).strip() if names else platform.machine()
 
 
 def _slug(text: str) -> str:
