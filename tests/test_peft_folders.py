@@ -12,6 +12,7 @@ from stable_cascade.adapters import load_lora
 from stable_cascade.adapters.onetrainer_layers import InputDora, OneTrainerConv2d, OutputDora, add_input_magnitude
 from stable_cascade.formats import lora as files
 from tests.tiny_cascade import tiny_prior
+from tests.tiny_pipelines import cascade
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "mapper"]
 CONFIGS = {
@@ -218,3 +219,15 @@ def test_files_of_very_many_tensors_are_refused(tmp_path):
     save_file({f"t{number}": torch.zeros(0) for number in range(20_001)}, tmp_path / "many.safetensors")
     with pytest.raises(ValueError, match=r"has 20,001 tensors; at most 20,000 are read"):
         files.read(tmp_path / "many.safetensors")
+
+
+def test_a_folder_of_the_decoder_is_the_decoders(tmp_path):
+    """Its keys are those of a prior's; the config beside them notes the network's class."""
+    pipeline = copy.deepcopy(cascade())
+    chosen = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "mapper"])
+    get_peft_model(copy.deepcopy(pipeline.decoder), chosen).save_pretrained(tmp_path)
+    pipeline.load_lora_weights(tmp_path, adapter_name="style")
+    assert pipeline.get_list_adapters() == {"decoder": ["style"]}
+    pipeline.decoder_pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match="has decoder; this StableCascadePriorPipeline has none of them"):
+        pipeline.prior_pipe.load_lora_weights(tmp_path)

@@ -23,8 +23,16 @@ _REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the weights beneath the adapter."""
 
 
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """LoraConfig values that say how the tensors beside them act.
+_COMPONENTS = {
+    "StableCascadePrior": "prior",
+    "StableCascadeDecoder": "decoder",
+    "CLIPTextModelWithProjection": "text_encoder",
+}
+"""What a network is, whose class PEFT notes."""
+
+
+def read_peft_config(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The component that was trained, where the config knows, and LoraConfig values that say how the tensors act.
 
     Raises:
         ValueError: it is no LoRA's, or asks for what the tensors alone cannot give back.
@@ -47,7 +55,9 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         raise refused(odd, "is not read here; merge it into the network with PEFT")
     if not isinstance(config.get("r"), int) or config.get("lora_alpha") is None:
         raise ValueError(f"{quoted(path)} names no r or no lora_alpha, so the strength is unknown; get the file again")
-    return {key: config[key] for key in _SCALE if config.get(key) is not None}
+    noted = config.get("auto_mapping") or {}
+    network = noted.get("base_model_class") if isinstance(noted, dict) else None
+    return _COMPONENTS.get(str(network)), {key: config[key] for key in _SCALE if config.get(key) is not None}
 
 
 def _means_something(value: Any) -> bool:

@@ -47,13 +47,15 @@ def _with_config(lora: LoraFile, path: Path) -> LoraFile:
     told = lora.metadata or any(lora.alphas.values()) or lora.format != "peft"
     if told or path.name not in ADAPTER_NAMES or not (path.parent / CONFIG_NAME).is_file():
         return lora
-    config = read_peft_config(path.parent)
+    component, config = read_peft_config(path.parent)
     wrong = next((key for key, value in config.items() if not sound(key, value)), None)
     if wrong is not None:
         raise ValueError(f"{quoted(path.parent / CONFIG_NAME)} has {quoted(config[wrong], 60)} as {wrong}; mend it")
     if config.get("use_dora") and not any("magnitude" in key for part in lora.parts.values() for key in part):
         raise ValueError(f"{quoted(path)} has no DoRA magnitudes, and its {CONFIG_NAME} says use_dora; get it again")
-    return replace(lora, metadata=dict.fromkeys(lora.parts, config))
+    # PEFT's own keys name no component: without a note of the network's class they are taken for the prior's.
+    parts = {component: lora.parts["prior"]} if component and list(lora.parts) == ["prior"] else lora.parts
+    return replace(lora, parts=parts, metadata=dict.fromkeys(parts, config))
 
 
 def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> LoraFile:
