@@ -11,6 +11,8 @@ IMAGE_PIXELS = 64_000_000
 """Pixels of an image that are decoded, after a JPEG was shrunk while decoding; a photograph has 12 to 60 million."""
 IMAGE_FILE = 256 * MIB
 """Bytes of an image file."""
+STORED_UPLOADS = 4096 * MIB
+"""Bytes of everything that a page's visitors have uploaded and drawn since it was started."""
 LONGEST_SHAPE = 20
 """How many times longer than the other one side of an image may be: to cover a square, it grows that many times."""
 DRAWN_SIDE, STEPS, COPIES = 16_384, 10_000, 10_000

@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
+from stable_cascade import bounds
 from stable_cascade.app.guard import Guard
+from stable_cascade.app.serving import bytes_in
 
 OWN = [(b"host", b"127.0.0.1:7860"), (b"content-length", b"4")]
 
@@ -62,3 +64,37 @@ def test_a_length_beside_a_transfer_encoding_is_refused():
 def test_a_body_longer_than_its_length_is_cut_off():
     _, arrived = sent(OWN, parts=[b"12345", b"67890", b"more", b"and more"])
     assert arrived == b"1234567890"
+
+
+def test_uploads_end_where_the_page_holds_enough(monkeypatch, tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a.png").write_bytes(b"x" * 10)
+    (tmp_path / "b.png").write_bytes(b"x" * 4)
+    assert bytes_in(tmp_path) == 14
+    monkeypatch.setattr(bounds, "STORED_UPLOADS", 17)
+    guard = Guard(None, most_bytes=10, only_this_machine=True, stored=lambda: bytes_in(tmp_path))
+    scope = {"method": "POST", "path": "/gradio_api/upload", "headers": OWN}
+    status, text = guard.refusal(scope)
+    assert (status, text) == (507, "the page holds as many pictures as it may; save yours, and start it again")
+    assert guard.refusal({**scope, "path": "/gradio_api/queue/join"}) is None
+    (tmp_path / "b.png").unlink()
+    assert guard.refusal(scope) is None
+
+
+@pytest.mark.parametrize("broken_off", [True, False])
+def test_an_upload_that_breaks_off_is_one_line(caplog, broken_off):
+    async def application(scope, receive, send):
+        message = await receive()
+        raise ConnectionError(message["type"])
+
+    async def receive():
+        return {"type": "http.disconnect"} if broken_off else {"type": "http.request", "body": b"", "more_body": False}
+
+    guard = Guard(application, most_bytes=10, only_this_machine=True)
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": OWN}
+    if not broken_off:
+        with pytest.raises(ConnectionError, match=r"http\.request"):
+            asyncio.run(guard(scope, receive, None))
+        return
+    asyncio.run(guard(scope, receive, None))
+    assert caplog.messages == ["a request to /gradio_api/upload broke off (ConnectionError)"]

@@ -6,12 +6,17 @@ the program in its development modes. None of that is reachable here.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from stable_cascade import bounds
+
 from .settings import is_loopback
+
+log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -41,12 +46,21 @@ class Guard:
         application: what it guards.
         most_bytes: of one request's body.
         only_this_machine: refuses requests that name another host, as a web page elsewhere would have a browser send.
+        stored: bytes of what was uploaded and drawn so far; no upload may take them beyond `bounds.STORED_UPLOADS`.
     """
 
-    def __init__(self, application: Application, *, most_bytes: int, only_this_machine: bool) -> None:
+    def __init__(
+        self,
+        application: Application,
+        *,
+        most_bytes: int,
+        only_this_machine: bool,
+        stored: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.application = application
         self.most_bytes = most_bytes
         self.only_this_machine = only_this_machine
+        self.stored = stored
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers a refused request itself and passes the others on."""
@@ -57,9 +71,16 @@ class Guard:
         refusal = self.refusal(scope)
         if refusal is not None:
             return await _answer(send, *refusal)
-        await self.application(scope, self._counted(receive), _with_headers(send))
+        gone: list[Message] = []
+        try:
+            await self.application(scope, self._counted(receive, gone), _with_headers(send))
+        except Exception as error:
+            if not gone:
+                raise
+            # Whoever sent it is no longer there to be answered, and a trace would tell nobody anything.
+            log.warning("a request to %s broke off (%s)", scope["path"], type(error).__name__)
 
-    def _counted(self, receive: Receive) -> Receive:
+    def _counted(self, receive: Receive, gone: list[Message]) -> Receive:
         """Passes a body on as long as it is within its bound, whatever its headers say; then the sender is gone."""
         total = 0
 
@@ -67,7 +88,11 @@ class Guard:
             nonlocal total
             message = await receive()
             total += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if total > self.most_bytes else message
+            if total > self.most_bytes:
+                message = {"type": "http.disconnect"}
+            if message["type"] == "http.disconnect":
+                gone.append(message)
+            return message
 
         return receiving
 
@@ -90,7 +115,11 @@ class Guard:
             return 411, "say how long the upload is"
         if b"transfer-encoding" in headers:
             return 400, "a length and a transfer encoding contradict each other"
-        return (413, "the upload is too large") if int(length) > self.most_bytes else None
+        if int(length) > self.most_bytes:
+            return 413, "the upload is too large"
+        if scope["path"].rstrip("/").endswith("/upload") and self.stored() + int(length) > bounds.STORED_UPLOADS:
+            return 507, "the page holds as many pictures as it may; save yours, and start it again"
+        return None
 
 
 def _same(origin: bytes, headers: dict[bytes, bytes]) -> bool:

@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,18 @@ def make_application(settings: PageSettings, folder: Path) -> Any:
     )  # fmt: skip
     # Slack for the form around a file.
     most = settings.max_upload_bytes + 2**20
-    return Guard(application, most_bytes=most, only_this_machine=settings.only_this_machine)
+    stored = partial(bytes_in, folder)
+    return Guard(application, most_bytes=most, only_this_machine=settings.only_this_machine, stored=stored)
+
+
+def bytes_in(folder: Path) -> int:
+    """How much lies in a folder; what vanishes meanwhile counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def make_server(application: Any) -> Any:
