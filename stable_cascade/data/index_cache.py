@@ -13,7 +13,7 @@ import numpy as np
 
 from .shards import ShardTable, StringColumn
 
-_FORMAT = 3
+_FORMAT = 4
 """Raise it when the meaning of a column changes: older files are then scanned again."""
 
 
