@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from peft import OFTConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -277,6 +278,44 @@ def test_fused_weights_draw_as_the_adapter(tmp_path, dora):
     expected = predict(pipe)
     pipe.fuse_lora()
     assert all(torch.allclose(value, expected[name], atol=1e-4) for name, value in predict(pipe).items())
+
+
+def test_what_is_fused_stays_when_the_adapters_are_unloaded(tmp_path):
+    """As in diffusers: the network is saved and goes on with the adapter in its weights."""
+    pipe = pipeline()
+    plain = pipe.prior.get_submodule(Q).weight.clone()
+    pipe.load_lora_weights(whole_lora(tmp_path / "plain", parts=["prior"]))
+    pipe.fuse_lora()
+    fused, drawn = pipe.prior.get_submodule(Q).base_layer.weight.clone(), predict(pipe)
+    pipe.unload_lora_weights()
+    assert not tuner_layers(pipe.prior)
+    assert torch.equal(pipe.prior.get_submodule(Q).weight, fused)
+    assert not torch.equal(fused, plain)
+    assert all(torch.equal(value, drawn[name]) for name, value in predict(pipe).items())
+    assert pipe.num_fused_loras == 0
+    pipe.load_lora_weights(whole_lora(tmp_path / "again", parts=["prior"]))
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    assert torch.equal(pipe.prior.get_submodule(Q).base_layer.weight, fused)
+
+
+def test_an_adapter_of_another_kind_is_fused_and_unfused():
+    pipe = pipeline()
+    pipe.prior.add_adapter(OFTConfig(r=0, oft_block_size=4, target_modules=["to_q"]))
+    with torch.no_grad():
+        for name, parameter in pipe.prior.named_parameters():
+            if "oft_R" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    expected, weight = predict(pipe), pipe.prior.get_submodule(Q).base_layer.weight.clone()
+    with pytest.raises(
+        ValueError, match=r"lora_scale 0[.]5 cannot weaken the adapter 'default', whose kind has no scale"
+    ):
+        pipe.fuse_lora(["prior"], lora_scale=0.5)
+    pipe.fuse_lora(["prior"])
+    assert not torch.allclose(pipe.prior.get_submodule(Q).base_layer.weight, weight, atol=1e-2)
+    assert all(torch.allclose(value, expected[name], atol=1e-4) for name, value in predict(pipe).items())
+    pipe.unfuse_lora(["prior"])
+    assert torch.equal(pipe.prior.get_submodule(Q).base_layer.weight, weight)
 
 
 def test_what_cannot_be_fused_is_refused_before_anything_is(tmp_path):

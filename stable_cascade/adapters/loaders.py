@@ -179,7 +179,7 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         """Adds the active adapters into the weights, which are kept aside for `unfuse_lora`.
 
         Raises:
-            ValueError: the weights are quantised.
+            ValueError: the weights are quantised, or an adapter has a form that does not go into them at this scale.
         """
         components = list(components or self._lora_loadable_modules)
         layers = [layer for component in components for _, layer in _layers(getattr(self, component, None))]
@@ -187,11 +187,17 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         if quantized is not None:
             quantized.merge()  # says why it cannot, before anything is kept aside
         check_fusable(layers, adapter_names)
+        unscaled = next((layer for layer in layers if not hasattr(layer, "scaling")), None)
+        if unscaled is not None and lora_scale != 1:
+            raise ValueError(
+                f"lora_scale {lora_scale} cannot weaken the adapter '{unscaled.active_adapters[0]}', whose kind has "
+                "no scale; fuse it with 1.0"
+            )
         kept = self.__dict__.setdefault("_before_fusing", {})
         for component in components:
             for name, layer in _layers(getattr(self, component, None)):
                 weights = {key: value.detach().clone() for key, value in layer.get_base_layer().named_parameters()}
-                kept.setdefault((component, name), (weights, dict(layer.scaling)))
+                kept.setdefault((component, name), (weights, dict(getattr(layer, "scaling", {}))))
         super().fuse_lora(components, lora_scale, safe_fusing, adapter_names, **kwargs)
 
     @torch.no_grad()
@@ -206,12 +212,12 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
                 for key, value in layer.get_base_layer().named_parameters():
                     if key in weights:
                         value.copy_(weights[key])
-                layer.scaling.update(scaling)
+                if scaling:
+                    layer.scaling.update(scaling)
 
     def unload_lora_weights(self) -> None:
-        """Takes out every adapter and every learned token; the pipeline is what it was before the first one."""
-        if self.__dict__.get("_before_fusing"):
-            self.unfuse_lora()
+        """Takes out every adapter and every learned token; what was fused stays in the weights, as in diffusers."""
+        self.__dict__.pop("_before_fusing", None)
         for component in self._lora_loadable_modules:
             model = getattr(self, component, None)
             if model is not None:
