@@ -2,8 +2,8 @@
 
 CHECKOUT is a clone of diffusers near the installed version; nothing of it is kept here. Its tests import the package
 `parameterized`. `--theirs` runs them on diffusers' classes, where newer versions skip them as deprecated. Prints each
-test that does not pass with the first line of its error, and the counts; docs/migration.md says what remains and why.
-What a test would download is a tokenizer of letters.
+test that does not pass with the first line of its error, why tests were skipped, and the counts of each class;
+docs/migration.md says what remains and why. What a test would download is a tokenizer of letters.
 """
 
 from __future__ import annotations
@@ -29,19 +29,30 @@ MODELS = Path(__file__).with_name("diffusers_models.py")
 
 
 class Report:
-    """Counts outcomes and keeps why tests did not pass."""
+    """Counts outcomes per class of tests and keeps why tests did not pass."""
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.groups: dict[str, Counter[str]] = {}
+        self.skipped: Counter[str] = Counter()
         self.lines: list[str] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-            self.counts[report.outcome] += 1
+            self.groups.setdefault(report.nodeid.split("::")[1], Counter())[report.outcome] += 1
+            if report.skipped:
+                self.skipped[report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"] += 1
             if report.failed:
                 text = str(report.longrepr).strip().splitlines()
                 told = next((line[1:].strip() for line in text if line.startswith("E ")), text[-1] if text else "")
                 self.lines.append(f"{report.nodeid.split('::', 1)[1]}: {told[:160]}")
+
+    def __str__(self) -> str:
+        outcomes = ("passed", "failed", "skipped")
+        rows = {**self.groups, "all": sum(self.groups.values(), Counter())}
+        table = [f"{'':45}" + "".join(f"{outcome:>9}" for outcome in outcomes)]
+        table += [f"{name:45}" + "".join(f"{row[outcome]:9}" for outcome in outcomes) for name, row in rows.items()]
+        reasons = [f"{count:5} {reason.removeprefix('Skipped: ')}" for reason, count in self.skipped.most_common()]
+        return "\n".join([*self.lines, "", "skipped:", *reasons, "", *table])
 
 
 def substitute_ours() -> None:
@@ -113,8 +124,7 @@ def main(arguments: list[str]) -> int:
         status = pytest.main([*options, "--disable-warnings", str(folder), str(models)], plugins=[report])
     finally:
         models.unlink()
-    print("\n".join(report.lines))
-    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(report.counts.items())))
+    print(report)
     return int(status)
 
 

@@ -15,9 +15,9 @@ from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
 from .folders import FromFolderMixin
 from .habits import HabitsMixin
-from .inputs import default_side
+from .inputs import default_side, whole
 from .outputs import StableCascadePriorPipelineOutput, check_output_type
-from .prompts import EncodePromptMixin, PromptArguments
+from .prompts import EncodePromptMixin, PromptArguments, embed_images
 from .references import image_conditions
 from .source import read_source
 from .stages import begin, check_call, draw_semantic, embed_text, stage_settings
@@ -134,3 +134,18 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         if output_type == "np":
             values = tuple(None if value is None else value.float().cpu().numpy() for value in values)  # type: ignore[assignment]
         return StableCascadePriorPipelineOutput(*values) if return_dict else values
+
+    @torch.no_grad()
+    def encode_image(
+        self, images: Any, device: str | torch.device, dtype: torch.dtype, batch_size: int, num_images_per_prompt: int
+    ) -> tuple[Tensor, Tensor]:
+        """CLIP's embeddings of the reference pictures, as the `image_embeds` of a call, and zeros of the same shape.
+
+        Shapes: n pictures -> twice (batch_size * num_images_per_prompt, n, D).
+
+        Raises:
+            ValueError: the pipeline has no image encoder.
+        """
+        count = whole(batch_size) * whole(num_images_per_prompt)
+        shown = embed_images(images, self.image_encoder, torch.device(device), count=count).to(dtype)
+        return shown, torch.zeros_like(shown)
