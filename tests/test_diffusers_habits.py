@@ -326,3 +326,23 @@ def test_encode_image_as_diffusers_calls_it():
         for given in ({"images": list(pictures(2))}, {"image_embeds": shown})
     ]
     assert torch.equal(latents[0].image_embeddings, latents[1].image_embeddings)
+
+
+def test_a_folder_of_diffusers_whole_pipeline_loads(pipeline, folder, tmp_path):
+    import diffusers
+
+    prior = diffusers.StableCascadeUNet.from_pretrained(folder / "prior")
+    decoder = diffusers.StableCascadeUNet.from_pretrained(folder / "decoder")
+    text = {"text_encoder": pipeline.text_encoder, "tokenizer": pipeline.tokenizer}
+    theirs = diffusers.StableCascadeCombinedPipeline(
+        **text, **{f"prior_{name}": part for name, part in text.items()}, decoder=decoder, prior_prior=prior,
+        scheduler=DDPMWuerstchenScheduler(), prior_scheduler=DDPMWuerstchenScheduler(), vqgan=pipeline.vqgan,
+        prior_feature_extractor=None, prior_image_encoder=None,
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    whole = StableCascadePipeline.from_pretrained(tmp_path, resolution_multiple=MULTIPLE)
+    alone = StableCascadePriorPipeline.from_pretrained(tmp_path, resolution_multiple=MULTIPLE)
+    for made in (whole.prior, alone.prior):
+        assert all(torch.equal(value, made.state_dict()[name]) for name, value in prior.state_dict().items())
+    assert whole.prior_scheduler.config.shift == alone.scheduler.config.shift == 2.0
+    assert len(whole("red dog", **FEW).images) == 1

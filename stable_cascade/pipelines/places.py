@@ -10,6 +10,7 @@ from typing import Any
 from stable_cascade.disk import local_path
 from stable_cascade.formats.json_files import read_config
 
+from .habits import OF_PRIOR
 from .hub import hub_folder
 
 INDEX = "model_index.json"
@@ -35,7 +36,8 @@ def folders_of(
     """Where the components are: one folder, or Stage C's own and another."""
     folder = _folder(name, missing, small, variant, hub)
     index = _index(folder)
-    if prior_name is None and "prior" in missing and _place(folder, _folder_name("prior", small), index) is None:
+    has_prior = any(_place(folder, _folder_name(alias, small), index) for alias in _aliases("", "prior", index))
+    if prior_name is None and "prior" in missing and not has_prior:
         beside = f"{name}-prior"
         prior_name = beside if local_path(beside).is_dir() or not local_path(name).is_dir() else None
     folders = [(folder, index)]
@@ -148,11 +150,13 @@ def _variants(place: Path) -> set[str]:
     return {match[1] for match in found if match}
 
 
-def _aliases(pipeline: str, name: str, index: dict[str, Any], *, own_folder: bool) -> tuple[str, ...]:
+def _aliases(pipeline: str, name: str, index: dict[str, Any], *, own_folder: bool = False) -> tuple[str, ...]:
     """Folders in which a component may lie: Stage C's scheduler is `scheduler` where Stage C lives alone."""
     alone = own_folder or "decoder" not in index
     if name == "prior_scheduler" and alone:
         return ("prior_scheduler", "scheduler")
     if name == "scheduler" and "Prior" in pipeline:
         return ("prior_scheduler", "scheduler") if alone else ("prior_scheduler",)
-    return (name,)
+    # diffusers' whole pipeline saves Stage C's parts under names of its own.
+    names = (name, f"prior_{name}") if f"prior_{name}" in OF_PRIOR else (name,)
+    return names[::-1] if "Prior" in pipeline else names
