@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from stable_cascade.adapters import load_lora
+from stable_cascade.adapters.loading import placed
 from stable_cascade.adapters.onetrainer_layers import InputDora, OneTrainerConv2d, OutputDora, add_input_magnitude
 from stable_cascade.formats import lora as files
 from tests.tiny_cascade import tiny_prior
@@ -231,3 +232,22 @@ def test_a_folder_of_the_decoder_is_the_decoders(tmp_path):
     pipeline.decoder_pipe.unload_lora_weights()
     with pytest.raises(ValueError, match="has decoder; this StableCascadePriorPipeline has none of them"):
         pipeline.prior_pipe.load_lora_weights(tmp_path)
+
+
+def test_a_folder_that_notes_no_network_goes_where_it_fits(tmp_path):
+    """PEFT notes no class where a task type is given; the shapes of the layers tell the networks apart."""
+    pipeline = copy.deepcopy(cascade())
+    chosen = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "mapper"])
+    get_peft_model(copy.deepcopy(pipeline.decoder), chosen).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_mapping": None}))
+    pipeline.load_lora_weights(tmp_path, adapter_name="style")
+    assert pipeline.get_list_adapters() == {"decoder": ["style"]}
+    alone = copy.deepcopy(cascade().decoder)
+    assert load_lora(alone, tmp_path)
+    read = files.read(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="fits the prior and the decoder alike, and adapter_config"):
+        placed(read, {"prior": cascade().decoder, "decoder": cascade().decoder})
+    with pytest.raises(ValueError, match=r"adapter_model[.]safetensors") as caught:
+        load_lora(tiny_prior(), tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -17,7 +17,7 @@ from stable_cascade.formats.lora import Part
 from .bundled_tokens import usable_rows
 from .hotswap import check_swap, swap
 from .layers import carrying, take_out, tuner_layers
-from .loading import LoraFile, fitting_part, load_part
+from .loading import LoraFile, fitting_part, load_part, placed
 from .lora import remove_lora
 from .onetrainer_layers import check_fusable
 from .places import Source, from_hub, read_with_tokens
@@ -67,7 +67,9 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
             ValueError: unknown format, trained for another model size, or nothing in it for this pipeline.
 
         """
-        lora = read_with_tokens(pretrained_model_name_or_path_or_dict, weight_name, hub)
+        own = {component: getattr(self, component, None) for component in self._lora_loadable_modules}
+        networks = {component: network for component, network in own.items() if network is not None}
+        lora = placed(read_with_tokens(pretrained_model_name_or_path_or_dict, weight_name, hub), networks)
         restore = self._without_offloading()
         try:
             rows = usable_rows(self, lora, train_tokens)

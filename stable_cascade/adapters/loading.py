@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,39 @@ def load_lora(
         ValueError: the file is of no known format, was trained for a network of another size, or has nothing for
             this one.
     """
-    lora = read_lora(path)
     component = component_of(model)
+    lora = placed(read_lora(path), {component: model})
     return load_part(model, lora, component, adapter_name, weight, module_filters=module_filters)
 
 
 def read_lora(path: str | Path | Mapping[str, Tensor]) -> LoraFile:
     """The contents of a LoRA file, of a folder with one, or of a state dict."""
     return files.read(path if isinstance(path, Mapping) else lora_path(path))
+
+
+def placed(lora: LoraFile, networks: Mapping[str, Any]) -> LoraFile:
+    """The LoRA, given to the one of these networks that it fits where nothing in it says which it is for.
+
+    Args:
+        networks: component -> network.
+
+    Raises:
+        ValueError: it fits several.
+    """
+    if not lora.bare:
+        return lora
+    shapes = lora.own_shapes("prior").items()
+    fitting = [component for component, network in networks.items() if shapes <= layer_shapes(network).items()]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{quoted(lora.name)} fits the {' and the '.join(fitting)} alike, and {files.CONFIG_NAME} does not say "
+            "which was trained; load it with load_lora into the one that is meant"
+        )
+    if not fitting:  # the prior's refusal names both sizes
+        return lora
+    return replace(
+        lora, parts={fitting[0]: lora.parts["prior"]}, metadata={fitting[0]: lora.metadata["prior"]}, bare=False
+    )
 
 
 def load_part(

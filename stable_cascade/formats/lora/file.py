@@ -33,6 +33,8 @@ class LoraFile:
         tokens: token -> its rows (OneTrainer's).
         output_tokens: token -> rows that OneTrainer puts into the text encoder's output.
         header: the other entries of the header.
+        bare: whether neither its names nor anything beside them says which network it is for; it is taken for the
+            prior's until its layers are looked at.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LoraFile:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     output_tokens: dict[str, Tensor] = field(default_factory=dict)
     header: dict[str, str] = field(default_factory=dict)
+    bare: bool = False
 
     @property
     def layout(self) -> str:

@@ -53,9 +53,10 @@ def _with_config(lora: LoraFile, path: Path) -> LoraFile:
         raise ValueError(f"{quoted(path.parent / CONFIG_NAME)} has {quoted(config[wrong], 60)} as {wrong}; mend it")
     if config.get("use_dora") and not any("magnitude" in key for part in lora.parts.values() for key in part):
         raise ValueError(f"{quoted(path)} has no DoRA magnitudes, and its {CONFIG_NAME} says use_dora; get it again")
-    # PEFT's own keys name no component: without a note of the network's class they are taken for the prior's.
-    parts = {component: lora.parts["prior"]} if component and list(lora.parts) == ["prior"] else lora.parts
-    return replace(lora, parts=parts, metadata=dict.fromkeys(parts, config))
+    # PEFT's own keys name no component: the config may note the network's class.
+    unnamed = list(lora.parts) == ["prior"]
+    parts = {component: lora.parts["prior"]} if component and unnamed else lora.parts
+    return replace(lora, parts=parts, metadata=dict.fromkeys(parts, config), bare=unnamed and component is None)
 
 
 def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> LoraFile:
