@@ -346,3 +346,17 @@ def test_a_folder_of_diffusers_whole_pipeline_loads(pipeline, folder, tmp_path):
         assert all(torch.equal(value, made.state_dict()[name]) for name, value in prior.state_dict().items())
     assert whole.prior_scheduler.config.shift == alone.scheduler.config.shift == 2.0
     assert len(whole("red dog", **FEW).images) == 1
+
+
+def test_diffusers_classes_draw_from_the_folders_of_our_stages(pipeline, tmp_path):
+    import diffusers
+
+    pipeline.prior_pipe.save_pretrained(tmp_path / "prior")
+    pipeline.decoder_pipe.save_pretrained(tmp_path / "decoder")
+    # Its loop knows the times of its own scheduler's class alone; with another it divides by the last one, zero.
+    own = {"scheduler": DDPMWuerstchenScheduler()}
+    prior = diffusers.StableCascadePriorPipeline.from_pretrained(tmp_path / "prior", **own)
+    decoder = diffusers.StableCascadeDecoderPipeline.from_pretrained(tmp_path / "decoder", **own)
+    semantic = prior("red dog", height=128, width=128, num_inference_steps=2, generator=seeded())
+    images = decoder(semantic.image_embeddings, "red dog", num_inference_steps=1, output_type="np").images
+    assert np.isfinite(images).all()
