@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_cascade import StableCascadePipeline, StableCascadeVQGAN
-from tests.tiny_cascade import tiny_parts
+from stable_cascade.pipelines.folders import load_folder
+from tests.tiny_cascade import tiny_parts, tiny_text_encoder
 from tests.tiny_pipelines import cascade
 
 PARTS = tiny_parts()
@@ -56,3 +57,14 @@ def test_a_vqgan_with_defaults_keeps_its_scale_as_a_component():
         expected = theirs.decode(latents / theirs.config.scale_factor).sample
         found = pipeline.vqgan.decode(latents / pipeline.vqgan.config.scale_factor).sample
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_encoder_that_is_not_whole(tmp_path):
+    """transformers only warns of weights that begin at random."""
+    tiny_text_encoder().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["text_model.encoder.layers.0.mlp.fc1.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of the weights of CLIPTextModelWithProjection are missing"):
+        load_folder("text_encoder", tmp_path, torch.float32, None, of_prior=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,20 @@ def check_no_adapter(network: Any, name: str) -> None:
         raise ValueError(
             f"{name} carries the adapter '{next(iter(adapters))}'; save that with save_lora_weights or save_lora, and "
             "unload_lora_weights() before saving the network (fuse_lora() first keeps what it does)"
+        )
+
+
+def check_whole(info: Mapping[str, Any], cls_name: str, name: Place) -> None:
+    """Passes when a network was loaded with all its weights; `info` is what `output_loading_info` gives.
+
+    Raises:
+        ValueError: some are missing, which would begin at random.
+    """
+    keys = sorted(info["missing_keys"])
+    if keys:
+        raise ValueError(
+            f"{len(keys):,} of the weights of {cls_name} are missing in {quoted(name)}, for example {keys[0]}; the "
+            "files are incomplete, or config.json is another network's"
         )
 
 
@@ -55,12 +69,7 @@ class PretrainedMixin:
             network, info = ask(name, partial(load, name), **kwargs)
         if told:
             return network, info
-        if info["missing_keys"]:
-            keys = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{len(keys):,} of the weights of {cls.__name__} are missing in {quoted(name)}, for example {keys[0]}"
-                "; the files are incomplete, or config.json is another network's"
-            )
+        check_whole(info, cls.__name__, name)
         return network
 
     def save_pretrained(

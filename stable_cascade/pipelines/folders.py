@@ -14,7 +14,7 @@ import torch
 from stable_cascade.disk import local_path
 from stable_cascade.formats.headers import read_header
 from stable_cascade.formats.json_files import read_config
-from stable_cascade.models.pretrained import check_no_adapter
+from stable_cascade.models.pretrained import check_no_adapter, check_whole
 from stable_cascade.wording import brief, quoted
 
 from .habits import under_our_names, without_foreign
@@ -234,9 +234,12 @@ def load_folder(name: str, place: Path, dtype: torch.dtype, variant: str | None,
         cls = getattr(importlib.import_module(module), cls_name)
         if name in ("tokenizer", "feature_extractor"):
             return cls.from_pretrained(place)
-        # transformers would take the type that config.json notes, and the parts would differ.
-        key = "dtype" if module == "transformers" else "torch_dtype"
-        return cls.from_pretrained(place, variant=variant, **{key: dtype})
+        if module != "transformers":
+            return cls.from_pretrained(place, variant=variant, torch_dtype=dtype)
+        # transformers would take the type that config.json notes, and only warns of missing weights.
+        network, info = cls.from_pretrained(place, variant=variant, dtype=dtype, output_loading_info=True)
+        check_whole(info, cls_name, place)
+        return network
     except MemoryError:
         raise
     except Exception as error:  # what diffusers, transformers and tokenizers make of damaged files
