@@ -15,8 +15,8 @@ from stable_cascade import bounds
 from stable_cascade.disk import local_path, read_file
 from stable_cascade.wording import brief
 
-from .folders import MASK, Picture, pictures_in
 from .images import IMAGE_EXTENSIONS, decode_mask, decode_stored
+from .picture_folder import MASK, Picture, pictures_in
 
 _TRIED_AT = (1024, 1024)
 """The (height, width) at which a picture is tried; a large JPEG is shrunk while it is decoded, as in a training."""
