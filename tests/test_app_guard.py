@@ -11,6 +11,9 @@ from stable_cascade.app.serving import bytes_in
 OWN = [(b"host", b"127.0.0.1:7860"), (b"content-length", b"4")]
 
 
+CORS = [(b"access-control-allow-origin", b"https://elsewhere.org"), (b"Access-Control-Allow-Credentials", b"true")]
+
+
 def sent(headers, parts=(b"body",)):
     """The status that a POST gets, and what of its body arrives."""
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
@@ -55,6 +58,25 @@ def test_what_the_page_sends_arrives():
 )
 def test_what_another_page_sends_is_refused(header):
     assert sent([*OWN, header]) == (403, b"")
+
+
+def test_no_other_origin_may_read_an_answer():
+    """Gradio lets any origin read, with credentials, where the host is none of three names, as with `--host ::1`."""
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [*CORS, (b"vary", b"Origin")]})
+
+    answers = []
+
+    async def send(message):
+        answers.append(message)
+
+    headers = [(b"host", b"[::1]:7860"), (b"origin", b"https://elsewhere.org")]
+    guard = Guard(application, most_bytes=10, only_this_machine=True)
+    asyncio.run(guard({"type": "http", "method": "GET", "path": "/config", "headers": headers}, None, send))
+    names = [name.lower() for name, _ in answers[0]["headers"]]
+    assert b"vary" in names
+    assert not [name for name in names if name.startswith(b"access-control-")]
 
 
 def test_a_length_beside_a_transfer_encoding_is_refused():

@@ -38,6 +38,8 @@ POLICY = (
 )
 HEADERS = ((b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"))
 
+_ELSEWHERE = re.compile(rb"access-control-", re.IGNORECASE)
+
 
 class Guard:
     """An ASGI application around another one.
@@ -138,9 +140,12 @@ def _host(header: bytes) -> str:
 
 
 def _with_headers(send: Send) -> Send:
+    """Adds our headers, and takes out those that would let a page of another origin read the answer."""
+
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
+            own = [(name, value) for name, value in message.get("headers", []) if not _ELSEWHERE.match(name)]
+            message = {**message, "headers": [*own, *HEADERS]}
         await send(message)
 
     return sending
