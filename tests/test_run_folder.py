@@ -9,6 +9,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stable_cascade.data import index_samples
 from stable_cascade.training.interruption import StopRequest
@@ -205,12 +206,19 @@ def test_deepspeed_asked_for_on_the_cpu_is_refused(tmp_path, monkeypatch):
         make_accelerator(config)
 
 
-def test_fsdp_over_processes_without_accelerators_is_told_as_such(tmp_path, monkeypatch):
-    """Each process takes itself for the only one, whatever was asked for."""
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true"}.items():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fsdp_over_processes_without_accelerators_is_told_as_such(tmp_path, monkeypatch, processes):
+    """Each process takes itself for the only one, whatever was asked for; one alone would train without sharding."""
+    variables = {"WORLD_SIZE": str(processes), "LOCAL_RANK": str(processes - 1), "ACCELERATE_USE_FSDP": "true"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    alone = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"))
+    alone = SimpleNamespace(num_processes=1, distributed_type=SimpleNamespace(value="NO"), device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"asks for FSDP, which needs an accelerator.*; launch .*cpu_2proc.yaml here"):
+        check_launch(toy_config(tmp_path), alone)
+    alone.device = torch.device("cuda")
+    with pytest.raises(
+        ValueError, match=r"^ACCELERATE_USE_FSDP is set, but accelerate runs NO; launch with .*fsdp.yaml"
+    ):
         check_launch(toy_config(tmp_path), alone)
 
 

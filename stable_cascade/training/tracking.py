@@ -89,10 +89,16 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
         ValueError: `use_fsdp` and the accelerate config disagree, the processes do not know of each other or do not
             divide the batch, or `push_to_hub` could not upload anything in the end.
     """
+    sharded = is_sharded(accelerator)
+    if _asked("ACCELERATE_USE_FSDP") and not sharded:
+        if accelerator.device.type == "cpu":
+            raise ValueError(NO_DEVICE)
+        raise ValueError(
+            f"ACCELERATE_USE_FSDP is set, but accelerate runs {accelerator.distributed_type.value}; {LAUNCH_SHARDED}, "
+            "or unset it"
+        )
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and accelerator.num_processes == 1:
-        if _asked("ACCELERATE_USE_FSDP"):
-            raise ValueError(NO_DEVICE)
         raise ValueError(
             f"{started} processes were started, but each takes itself for the only one, and all would write the same "
             "files; on the CPU set ACCELERATE_USE_CPU=true before `accelerate launch`, elsewhere launch one process "
@@ -100,7 +106,6 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
         )
     if _asked("ACCELERATE_USE_DEEPSPEED") or getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
         raise ValueError(NO_DEEPSPEED)
-    sharded = is_sharded(accelerator)
     if config.use_fsdp and not sharded:
         raise ValueError(
             f"use_fsdp: True, but accelerate runs {accelerator.distributed_type.value}; {LAUNCH_SHARDED}, or set "
