@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> None:
     needs = ["prior", "semantic_encoder", *factory.preview_networks(config)]
     plan = plan_training(config, trains="ControlNet of the prior", needs=needs)
     if config.check:
-        print(plan)
-        return
+        print(plan.text, flush=True)
+        return plan.refuse_missing()
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan, index)
+    accelerator = factory.launch(config, plan.text, index)
     device, dtype = accelerator.device, getattr(torch, config.dtype)
 
     control_filter = factory.control_filter(config, device)

@@ -19,10 +19,10 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(DecoderConfig, argv)
     plan = plan_training(config, trains="decoder", needs=["decoder", "vqgan", "semantic_encoder"])
     if config.check:
-        print(plan)
-        return
+        print(plan.text, flush=True)
+        return plan.refuse_missing()
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan, index)
+    accelerator = factory.launch(config, plan.text, index)
     device = accelerator.device
 
     encoder = factory.frozen(config, "semantic_encoder", device)

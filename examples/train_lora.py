@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> None:
         config, trains="LoRA of the prior", needs=["prior", "semantic_encoder", *factory.preview_networks(config)]
     )
     if config.check:
-        print(plan)
-        return
+        print(plan.text, flush=True)
+        return plan.refuse_missing()
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan, index)
+    accelerator = factory.launch(config, plan.text, index)
     device = accelerator.device
 
     text = factory.trainable_text(config)

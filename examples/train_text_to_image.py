@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     needs = ["prior", "semantic_encoder", *factory.preview_networks(config)]
     plan = plan_training(config, trains="prior", needs=needs)
     if config.check:
-        print(plan)
-        return
+        print(plan.text, flush=True)
+        return plan.refuse_missing()
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan, index)
+    accelerator = factory.launch(config, plan.text, index)
 
     inputs = factory.prior_inputs(config, accelerator, index)
     prior = factory.network(config, "prior")

@@ -29,11 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(VQGANConfig, argv)
     plan = plan_training(config, trains="vqgan", needs=["vqgan"])
     if config.check:
-        print(plan)
-        return
+        print(plan.text, flush=True)
+        return plan.refuse_missing()
     index = factory.samples(config)
     # Before adversarial_start the discriminator takes no part in a step, which several processes have to expect.
-    accelerator = factory.launch(config, plan, index, may_idle=bool(config.adversarial_start))
+    accelerator = factory.launch(config, plan.text, index, may_idle=bool(config.adversarial_start))
     device = accelerator.device
     vqgan, new = factory.network(config, "vqgan").to(device), config.stage_a_checkpoint_path == factory.SCRATCH
     batches = factory.batches(config, index, accelerator, factor=vqgan.stride)

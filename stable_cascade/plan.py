@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,24 @@ from stable_cascade.training.tracking import LAUNCH_SHARDED, trackers_of
 from stable_cascade.wording import quoted
 
 
-def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Plan:
+    """What a training would do, in words, and the names of its parts that are missing or wrong."""
+
+    text: str
+    missing: tuple[str, ...] = ()
+
+    def refuse_missing(self) -> None:
+        """Ends a `--check`.
+
+        Raises:
+            ValueError: a training would stop, because parts are missing or wrong.
+        """
+        if self.missing:
+            raise ValueError(f"a training would stop, missing or wrong: {', '.join(self.missing)}")
+
+
+def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Plan:
     """What a training would do, from shapes and file names alone; with `--check` all that is missing is in it.
 
     Args:
@@ -57,7 +75,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
     if config.check:  # a training indexes its pictures right after this
         entries.append(("data", partial(_data_entry, config)))
         entries.append(("run folder", partial(_run_folder_entry, config)))
-    missing = 0
+    missing: list[str] = []
     for name, entry in entries:
         try:
             with cache_only() if config.check else nullcontext():
@@ -67,7 +85,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
         except ValueError as problem:
             if not config.check:
                 raise
-            missing += 1
+            missing.append(name)
             lines.append(f"{name:<15} MISSING: {problem}")
     micro = config.batch_size // config.grad_accum_steps
     lines.append(f"batch           {config.batch_size} = {config.grad_accum_steps} x {micro} over all processes")
@@ -76,9 +94,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> str:
     lines.append(f"steps           {config.updates}, saved every {config.save_every}")
     if config.use_fsdp:
         lines.append("sharded         use_fsdp: True, so " + LAUNCH_SHARDED)
-    if missing:
-        lines.append(f"A training would stop: {missing} of the parts above missing or wrong.")
-    return redacted("\n".join(lines))
+    return Plan(redacted("\n".join(lines)), tuple(missing))
 
 
 def _sizes(config: Any, needs: Sequence[str]) -> str:

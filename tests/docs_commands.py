@@ -94,7 +94,7 @@ def run_script(words: list[str]) -> None:
 
 
 def call_main(path: Path, argv: list[str]) -> None:
-    """`main(argv)` of a file, which may end the program with status 0."""
+    """`main(argv)` of a file, which may end the program with status 0, or miss files of the reader's."""
     spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -105,6 +105,9 @@ def call_main(path: Path, argv: list[str]) -> None:
         module.main(argv)
     except SystemExit as stop:  # --help
         status = stop.code
+    except ValueError as error:
+        if not str(error).startswith("a training would stop, missing or wrong: "):
+            raise
     assert not status, f"{path.name} ended with {status}"
 
 

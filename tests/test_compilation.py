@@ -154,7 +154,8 @@ def test_without_a_compiler_it_says_so_before_anything_is_read(tmp_path, cascade
         with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler, and torch finds none; install g\+\+"):
             Session("no such folder", compile=True, device="cpu")
         config = write_config(tmp_path / "run.yaml", settings("lora", tmp_path, cascade, compile=True))
-        trainer_main("lora")(["--config", str(config), "--check"])
+        with pytest.raises(ValueError, match=r"missing or wrong: compile$"):
+            trainer_main("lora")(["--config", str(config), "--check"])
     assert "compile         MISSING: compile needs a C++ compiler" in capsys.readouterr().out
 
 

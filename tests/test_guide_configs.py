@@ -90,7 +90,7 @@ def test_sharding_is_told_by_check_and_asked_for_by_a_launch(name, released_file
     assert values["use_fsdp"]
     path = str(CONFIGS / f"{name}.yaml")
     plan = plan_training(load_config(cls, ["--config", path, "--check"]), trains="x", needs=["semantic_encoder"])
-    assert "accelerate launch --config_file accelerate_configs/fsdp.yaml" in plan
+    assert "accelerate launch --config_file accelerate_configs/fsdp.yaml" in plan.text
 
 
 def test_sharded_config_started_without_sharding_names_the_launch(tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -302,7 +303,9 @@ def test_tokens_that_no_caption_contains_are_an_error_at_the_start(tmp_path, toy
         values = settings("lora", tmp_path, toy_cascade, train_tokens=[[token, "^dog</w>"]])
         config = write_config(tmp_path / "run.yaml", values)
         if options:
-            trainer_main("lora")(["--config", str(config), *options])
+            missing = pytest.raises(ValueError, match=r"missing or wrong: data$") if token == "[zz]" else nullcontext()
+            with missing:
+                trainer_main("lora")(["--config", str(config), *options])
             out = capsys.readouterr().out
             assert ("MISSING: train_tokens: [zz] is in 0 of" in out) == (token == "[zz]")
             assert token != "[fox]" or "[fox] is in " in out

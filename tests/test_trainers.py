@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from stable_cascade import StableCascadePipeline
+from stable_cascade.config import run_main
 from tests.trainer_runs import (
     LORA,
     ROOT,
@@ -224,12 +225,16 @@ def test_check_reads_no_weights(tmp_path, cascade, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(cascade, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = write_config(tmp_path / "run.yaml", settings("lora", tmp_path, bare))
-    trainer_main("lora")(["--config", str(config), "--check", "--webdataset_path", str(tmp_path / "no.tar")])
-    lines = capsys.readouterr().out.splitlines()
+    command = ["--config", str(config), "--check", "--webdataset_path", str(tmp_path / "no.tar")]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: trainer_main("lora")(command))
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     missing = [line.split()[0] for line in lines if " MISSING: " in line]
     assert missing == ["prior", "semantic_encoder", "previewer", "text_encoder", "image_encoder", "data"]
     assert any(line.startswith("adapters") and "[fox]" in line for line in lines)
-    assert "6 of the parts" in lines[-1]
+    assert stopped.value.code == 2
+    assert printed.err == f"error: a training would stop, missing or wrong: {', '.join(missing)}\n"
     assert not (tmp_path / "runs").exists()
 
 

@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(ImageEncoderConfig, argv)
     plan = plan_training(config, trains="semantic_encoder, previewer", needs=["semantic_encoder", "previewer"])
     if config.check:
-        print(plan)
-        return
+        print(plan.text, flush=True)
+        return plan.refuse_missing()
     index = factory.samples(config)
     accelerator = make_accelerator(config)
     encoder, previewer = factory.network(config, "semantic_encoder"), factory.network(config, "previewer")
