@@ -68,3 +68,22 @@ def test_a_text_encoder_that_is_not_whole(tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"1 of the weights of CLIPTextModelWithProjection are missing"):
         load_folder("text_encoder", tmp_path, torch.float32, None, of_prior=True)
+
+
+def test_a_trainers_text_encoder_that_is_not_whole(tmp_path):
+    from types import SimpleNamespace
+
+    from transformers import CLIPTextModelWithProjection
+
+    from stable_cascade.factory.clip import from_source
+
+    PARTS["text_encoder"].save_pretrained(tmp_path)
+    config = SimpleNamespace(clip_text_model_name=str(tmp_path), pretrained_model_name_or_path=None)
+    whole = from_source(config, "text_encoder", CLIPTextModelWithProjection)
+    assert whole.state_dict().keys() == PARTS["text_encoder"].state_dict().keys()
+    path = tmp_path / "model.safetensors"
+    save_file(
+        {key: value for key, value in load_file(path).items() if "projection" not in key}, path, {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"weights of CLIPTextModelWithProjection are missing in .*text_projection"):
+        from_source(config, "text_encoder", CLIPTextModelWithProjection)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stable_cascade.hub import ask
 from stable_cascade.models.clip_image import clip_pixels
+from stable_cascade.models.pretrained import check_whole
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.transfer import to_device
 
@@ -37,15 +38,23 @@ def from_source(config: Any, part: str, cls: Any, **options: Any) -> Any:
     """`cls.from_pretrained` of one of CLIP's parts: a tokenizer, a network or its config.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not there, or a network lacks weights.
     """
     name, folder = clip_source(config, part)
+    network = issubclass(cls, torch.nn.Module)
+    if network:
+        options["output_loading_info"] = True
     load = partial(cls.from_pretrained, name, subfolder=folder, **options)
     try:
-        return load() if Path(name).exists() else ask(name, load)
+        found = load() if Path(name).exists() else ask(name, load)
     except (OSError, TypeError):  # TypeError: what CLIPTokenizer says about a folder without vocabulary
         key = "clip_image_model_name" if part == "image_encoder" else "clip_text_model_name"
         raise ValueError(f"there is no CLIP {part.replace('_', ' ')} in '{name}'; set {key}") from None
+    if not network:
+        return found
+    encoder, info = found
+    check_whole(info, cls.__name__, name)
+    return encoder
 
 
 def text_encoder(config: Any, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
