@@ -160,7 +160,12 @@ def draw(page):
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#line p:not(.busy)", has_text=" s").wait_for()
     page.locator("#history img").nth(before).wait_for()
-    return seen(page, "picture")
+    for _ in range(100):  # until the last rough picture has given way to the finished one, which carries its settings
+        picture = seen(page, "picture")
+        if getattr(Image.open(io.BytesIO(picture)), "text", None):
+            break
+        page.wait_for_timeout(100)
+    return picture
 
 
 def seen(page, name):
