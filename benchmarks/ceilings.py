@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def works(scale: Scale) -> list[tuple[str, Callable[[Any], Any], list[Any]]]:
     """(name, work, [our network, the peer's])."""
-    prior = [one.to(scale.device) for one in prior_pair(scale.prior, scale.dtype)]
-    decoder = [one.to(scale.device) for one in decoder_pair(scale.decoder, scale.dtype)]
+    prior = prior_pair(scale.prior, scale.dtype, scale.device)
+    decoder = decoder_pair(scale.decoder, scale.dtype, scale.device)
     given = prior_inputs(scale.prior, 1, scale.semantic, scale.dtype, scale.device)
     given_b = decoder_inputs(scale.decoder, 1, scale.vq, scale.semantic, scale.dtype, scale.device)
     return [

@@ -44,9 +44,9 @@ def proxy_pair(scale: Scale, size: int) -> tuple[Callable[[], Any], Callable[[],
     """Networks of this scale with random weights; prompts are given as embeddings, the same for both."""
     from stable_cascade import StableCascadePipeline, StableCascadeScheduler
 
-    prior, peer_prior = (one.to(scale.device) for one in prior_pair(scale.prior, scale.dtype))
-    decoder, peer_decoder = (one.to(scale.device) for one in decoder_pair(scale.decoder, scale.dtype))
-    vqgan, peer_vqgan = (one.to(scale.device) for one in vqgan_pair(PRESETS["vqgan"]["released"], scale.dtype))
+    prior, peer_prior = prior_pair(scale.prior, scale.dtype, scale.device)
+    decoder, peer_decoder = decoder_pair(scale.decoder, scale.dtype, scale.device)
+    vqgan, peer_vqgan = vqgan_pair(PRESETS["vqgan"]["released"], scale.dtype, scale.device)
     pipeline = StableCascadePipeline(
         tokenizer=None, text_encoder=None, prior=prior, prior_scheduler=StableCascadeScheduler(shift=2.0),
         decoder=decoder, scheduler=StableCascadeScheduler(), vqgan=vqgan,

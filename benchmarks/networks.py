@@ -20,19 +20,19 @@ from .scale import Scale
 
 def rows(scale: Scale) -> Iterator[Row]:
     """Forward of the prior, forward and backward, forward of Stage B, decoding by Stage A."""
-    ours, peer = (network.to(scale.device) for network in prior_pair(scale.prior, scale.dtype))
+    ours, peer = prior_pair(scale.prior, scale.dtype, scale.device)
     inputs = prior_inputs(scale.prior, 2, scale.semantic, scale.dtype, scale.device)
     yield compared(scale, "prior forward, batch 2", ours, peer, lambda network: forward(network, inputs), "UNet")
     inputs = prior_inputs(scale.prior, 1, scale.semantic, scale.dtype, scale.device)
     yield compared(scale, "prior forward + backward", ours, peer, lambda network: gradients(network, inputs), "UNet")
     yield compiled_row(scale, ours, peer)
     del ours, peer
-    ours, peer = (network.to(scale.device) for network in decoder_pair(scale.decoder, scale.dtype))
+    ours, peer = decoder_pair(scale.decoder, scale.dtype, scale.device)
     inputs = decoder_inputs(scale.decoder, 1, scale.vq, scale.semantic, scale.dtype, scale.device)
     many = 4 * scale.rounds if scale.device == "cpu" else scale.rounds  # a short row, which the machine's moods shake
     yield compared(scale, "decoder forward", ours, peer, lambda network: forward(network, inputs), "UNet", many)
     del ours, peer
-    ours, peer = (network.to(scale.device) for network in vqgan_pair(PRESETS["vqgan"]["released"], scale.dtype))
+    ours, peer = vqgan_pair(PRESETS["vqgan"]["released"], scale.dtype, scale.device)
     latents = torch.randn(1, 4, scale.vq, scale.vq, device=scale.device, dtype=scale.dtype)
     row = f"decode {4 * scale.vq} px"
     yield compared(scale, row, ours, peer, lambda network: decode(network, latents), "PaellaVQModel")

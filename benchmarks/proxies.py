@@ -24,11 +24,12 @@ DECODER: dict[str, Any] = PRESETS["decoder"]["700M"] | {
 
 def seeded(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network with every weight drawn anew, none of them zero: a zero hides work that a kernel can skip."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
             scale = 0.02 if parameter.ndim > 1 else 0.01
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * scale)
     return network
 
 
@@ -37,36 +38,46 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def prior_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def prior_pair(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[nn.Module, nn.Module]:
     """(ours, diffusers') prior with equal weights, in evaluation mode."""
     from diffusers.models import StableCascadeUNet
 
     from stable_cascade import StableCascadePrior
 
-    return _pair(StableCascadePrior(**config), StableCascadeUNet(**config), dtype)
+    return _pair(StableCascadePrior, StableCascadeUNet, config, dtype, device)
 
 
-def decoder_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def decoder_pair(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[nn.Module, nn.Module]:
     """(ours, diffusers') Stage B with equal weights, in evaluation mode."""
     from diffusers.models import StableCascadeUNet
 
     from stable_cascade import StableCascadeDecoder
 
-    return _pair(StableCascadeDecoder(**config), StableCascadeUNet(**config), dtype)
+    return _pair(StableCascadeDecoder, StableCascadeUNet, config, dtype, device)
 
 
-def vqgan_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+def vqgan_pair(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[nn.Module, nn.Module]:
     """(ours, diffusers') Stage A with equal weights, in evaluation mode."""
     from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 
     from stable_cascade import StableCascadeVQGAN
 
-    return _pair(StableCascadeVQGAN(**config), PaellaVQModel(**config), dtype)
+    return _pair(StableCascadeVQGAN, PaellaVQModel, config, dtype, device)
 
 
-def _pair(ours: nn.Module, peer: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    peer.load_state_dict(seeded(ours).state_dict())
-    return ours.to(dtype).eval(), peer.to(dtype).eval()
+def _pair(
+    ours: type[nn.Module], peer: type[nn.Module], config: dict[str, Any], dtype: torch.dtype, device: str
+) -> tuple[nn.Module, nn.Module]:
+    with torch.device(device):  # drawing billions of weights on the CPU takes minutes
+        own, theirs = seeded(ours(**config)), peer(**config)
+    theirs.load_state_dict(own.state_dict())
+    return own.to(dtype).eval(), theirs.to(dtype).eval()
 
 
 def prior_inputs(

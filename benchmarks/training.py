@@ -50,7 +50,7 @@ def rows(scale: Scale) -> Iterator[Row]:
 
 def lora_row(scale: Scale, rounds: int, *, live: bool) -> Row:
     """A LoRA step on cached conditions; the peer's runs its encoders where `live`, which nobody's cache spares it."""
-    ours, peer = prior_pair(scale.prior, scale.dtype)
+    ours, peer = prior_pair(scale.prior, scale.dtype, scale.device)
     add_lora(ours, module_filters=FILTERS, rank=RANK)
     with_peft(peer)
     clean, hidden, pooled, image = conditions(scale)
@@ -63,7 +63,7 @@ def lora_row(scale: Scale, rounds: int, *, live: bool) -> Row:
 
 def finetune_row(scale: Scale, rounds: int) -> Row:
     """A step in which every weight trains, on conditions at hand."""
-    ours, peer = prior_pair(scale.prior, scale.dtype)
+    ours, peer = prior_pair(scale.prior, scale.dtype, scale.device)
     made = conditions(scale)
     return in_turns(
         "full finetune step, batch 1", our_step(scale, ours, *made), peer_step(scale, peer, lambda: made),
@@ -75,7 +75,7 @@ def controlnet_row(scale: Scale, rounds: int) -> Row:
     """A ControlNet step; no peer trains one beside this prior, so the row has a time alone."""
     from stable_cascade import StableCascadeControlNet
 
-    prior, _ = prior_pair(scale.prior, scale.dtype)
+    prior, _ = prior_pair(scale.prior, scale.dtype, scale.device)
     width = scale.prior["block_out_channels"][0]
     last = 2 * sum(scale.prior["down_num_layers_per_block"]) - 1
     controlnet = StableCascadeControlNet(
@@ -84,7 +84,9 @@ def controlnet_row(scale: Scale, rounds: int) -> Row:
     side = PIXELS_PER_LATENT * scale.semantic
     control = torch.rand(1, 1, side, side, device=scale.device)
     prior.requires_grad_(False)
-    step = our_step(scale, prior, *conditions(scale), controlnet=seeded(controlnet), control=control)
+    # The backbone keeps its own initial scale: weights of 0.02 in a row of convolutions make denormal gradients.
+    seeded(controlnet.projections)
+    step = our_step(scale, prior, *conditions(scale), controlnet=controlnet, control=control)
     alone = in_turns("ControlNet step, batch 1", step, lambda: None, peer_name="none", rounds=rounds)
     return Row(alone.row, alone.ours, None, "s", None, None, "no peer trains one")
 
