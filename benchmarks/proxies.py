@@ -95,7 +95,7 @@ def prior_inputs(
         "clip_img": (batch, 1, config["clip_image_in_channels"]),
     }
     tensors = {name: torch.randn(shape, generator=draw).to(device, dtype) for name, shape in shapes.items()}
-    return tensors | {"timestep_ratio": torch.rand(batch, generator=draw).to(device)}
+    return tensors | {"timestep_ratio": torch.rand(batch, generator=draw).to(device, dtype)}
 
 
 def decoder_inputs(
@@ -112,4 +112,4 @@ def decoder_inputs(
         "effnet": (batch, config["effnet_in_channels"], semantic, semantic),
     }
     tensors = {name: torch.randn(shape, generator=draw).to(device, dtype) for name, shape in shapes.items()}
-    return tensors | {"timestep_ratio": torch.rand(batch, generator=draw).to(device)}
+    return tensors | {"timestep_ratio": torch.rand(batch, generator=draw).to(device, dtype)}

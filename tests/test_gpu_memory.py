@@ -30,7 +30,7 @@ def test_lora_of_the_largest_prior_takes_what_is_estimated(tmp_path, quantizatio
     """The settings of examples/configs/lora_one_gpu.yaml; `pytest -s` prints what docs/evidence.md quotes."""
     expected, measured = memory_of_lora(
         tmp_path, "3.6B", image_size=768, gradient_checkpointing=True, quantization=quantization,
-        rank=4, module_filters=[".attn"],
+        rank=4, module_filters=[".attn"], batch_size=1, grad_accum_steps=1,
     )  # fmt: skip
     print(f"{quantization}: {measured / 1e9:.2f} GB measured, {expected / 1e9:.2f} GB estimated")
     assert abs(expected / measured - 1) < 0.15

@@ -107,8 +107,9 @@ def in_unit_range(pixels: Tensor) -> Tensor:
     """Stored pixels as float32 in [0, 1]. Shapes: any -> the same."""
     if pixels.is_floating_point():
         return pixels
-    # A tensor, because CUDA multiplies by the reciprocal of a number, which rounds otherwise than a division.
-    return pixels.to(torch.float32).div_(torch.tensor(255.0, device=pixels.device))
+    # A tensor, because CUDA multiplies by the reciprocal of a number, which rounds otherwise than a division; and one
+    # that is filled on the device, because copying a number there would wait for it.
+    return pixels.to(torch.float32).div_(torch.full((), 255.0, device=pixels.device))
 
 
 def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Tensor:

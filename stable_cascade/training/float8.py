@@ -84,7 +84,8 @@ def convert_to_float8(model: nn.Module, names: list[str], *, emulate: bool = Fal
     if trained:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        settings = Float8LinearConfig(emulate=emulate)
+        # The gradient of a weight is a product over all tokens, whose number need not be a multiple of 16.
+        settings = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
         convert_to_float8_training(model, module_filter_fn=lambda _, name: name in trained, config=settings)
     for name in names:
         if name not in trained:
