@@ -17,6 +17,7 @@ from tests.models.testing_utils import (  # diffusers' `tests`, not ours
     TrainingTesterMixin,
 )
 from tests.models.testing_utils.lora import LoraHotSwappingForModelTesterMixin
+from tests.testing_utils import torch_device
 
 RESIDUAL, TIMESTEP, ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 
@@ -39,7 +40,7 @@ for _network in (StableCascadePrior, StableCascadeDecoder):
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch_device)
 
 
 class PriorConfig(BaseModelTesterConfig):
@@ -57,7 +58,7 @@ class PriorConfig(BaseModelTesterConfig):
 
     def get_dummy_inputs(self, height: int = 8, width: int = 8) -> dict[str, Any]:
         return {
-            "sample": _random(2, 16, height, width), "timestep_ratio": torch.tensor([0.3, 0.8]),
+            "sample": _random(2, 16, height, width), "timestep_ratio": torch.tensor([0.3, 0.8], device=torch_device),
             "clip_text_pooled": _random(2, 1, 32), "clip_text": _random(2, 7, 32), "clip_img": _random(2, 1, 24),
         }  # fmt: skip
 
@@ -79,7 +80,7 @@ class DecoderConfig(BaseModelTesterConfig):
 
     def get_dummy_inputs(self, height: int = 16, width: int = 16) -> dict[str, Any]:
         return {
-            "sample": _random(2, 4, height, width), "timestep_ratio": torch.tensor([0.3, 0.8]),
+            "sample": _random(2, 4, height, width), "timestep_ratio": torch.tensor([0.3, 0.8], device=torch_device),
             "clip_text_pooled": _random(2, 1, 32), "effnet": _random(2, 16, 4, 4),
         }  # fmt: skip
 

@@ -144,9 +144,10 @@ class StableCascadeDecoder(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapter
                 raise ValueError("clip_text_pooled is missing: give it, or conditions from encode_conditions()")
             conditions = Conditions(self._tokens(clip_text_pooled), effnet=effnet, pixels=pixels)
         times = embed_times(self.config, sample.shape[0], timestep_ratio, {"sca": sca})
-        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(()), cache)
         x = embed_sample(self.embedding, sample, self.config.patch_size)
-        x = run_stack(self, x + self._grid(conditions, (x.shape[1], x.shape[2])), run)
+        modulation = modulate(self, times, conditions.modulation, x.dtype)
+        x = x + self._grid(conditions, (x.shape[1], x.shape[2]))
+        x = run_stack(self, x, Run(times, conditions, modulation, iter(()), cache))
         output = read_out(self.clf, x)
         return StableCascadeUNetOutput(sample=output) if return_dict else (output,)
 

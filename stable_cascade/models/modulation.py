@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import SDCascadeTimestepBlock
-from .plain import is_plain, without_autocast
+from .plain import HALF, is_plain, without_autocast
 
 
 def timestep_embedding(ratio: Tensor, width: int, positions: int = 10000) -> Tensor:
@@ -42,7 +42,10 @@ def embed_times(config: Any, batch: int, ratio: Tensor, given: dict[str, Tensor 
 
 
 class JoinedMappers(NamedTuple):
-    """The mappers of all timestep blocks as one, and how many of its outputs each block has, by key."""
+    """The mappers of all timestep blocks as one, and how many of its outputs each block has, by key.
+
+    The bias holds the 1 of `x (1 + a) + b`, so that the outputs of a block are its scale and its shift.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -75,14 +78,34 @@ def joined_mappers(model: Any, dtype: torch.dtype) -> JoinedMappers | None:
     biases = torch.stack([torch.cat([mapper.bias for mapper in column]).to(dtype) for column in columns])
     # A plain sum would give the conditions' biases one piece of memory as their gradients: adding to one or scaling
     # one (accumulation, clipping) would change the others. The gradient of a product is memory of each one's own.
-    outputs = {key: block.mapper.out_features for key, block in keyed}
-    return JoinedMappers(weight.to(dtype), (biases * torch.ones_like(biases)).sum(0), outputs)
+    bias = (biases * torch.ones_like(biases)).sum(0) + _identity(blocks, biases)
+    return JoinedMappers(weight.to(dtype), bias, {key: block.mapper.out_features for key, block in keyed})
 
 
-def modulate(model: Any, embedding: Tensor, joined: JoinedMappers | None) -> dict[str, Tensor]:
-    """[a, b] of every timestep block by key; empty where each computes its own, nothing having been joined."""
+def _identity(blocks: list[Any], like: Tensor) -> Tensor:
+    """Scale 1 and shift 0 for every block. Shapes: -> (sum of 2 C over the blocks,)."""
+    widths = [block.mapper.out_features // 2 for block in blocks]
+    ones, zeros = like.new_ones(max(widths)), like.new_zeros(max(widths))
+    return torch.cat([row[:width] for width in widths for row in (ones, zeros)])
+
+
+def modulate(model: Any, embedding: Tensor, joined: JoinedMappers | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Scale and shift, side by side, of every timestep block by key, in the image's type.
+
+    Empty where each block computes its own: joining the weights of one forward alone pays where they have to be
+    copied anyway, being half as wide as the embedding, and on a GPU, where a launch takes longer than the copy.
+    """
+    if joined is None and _pays(model):
+        joined = joined_mappers(model, embedding.dtype)
     if joined is None:
         return {}
     with without_autocast(embedding.device):
-        both = F.linear(embedding, joined.weight, joined.bias)
+        both = F.linear(embedding, joined.weight, joined.bias).to(dtype)
     return dict(zip(joined.outputs, both.split(list(joined.outputs.values()), dim=1), strict=True))
+
+
+def _pays(model: Any) -> bool:
+    weight = next(
+        (block.mapper.weight for _, block in blocks_of(model, "timestep") if hasattr(block.mapper, "weight")), None
+    )
+    return weight is not None and (weight.device.type == "cuda" or weight.dtype in HALF)

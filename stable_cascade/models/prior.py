@@ -154,8 +154,9 @@ class StableCascadePrior(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMi
                 raise ValueError("clip_text_pooled is missing: give it, or conditions from encode_conditions()")
             conditions = Conditions(self._tokens(clip_text_pooled, clip_text, clip_img))
         times = embed_times(self.config, sample.shape[0], timestep_ratio, {"sca": sca, "crp": crp})
-        run = Run(times, conditions, modulate(self, times, conditions.modulation), iter(control or ()), cache)
-        x = run_stack(self, embed_sample(self.embedding, sample, self.config.patch_size), run)
+        x = embed_sample(self.embedding, sample, self.config.patch_size)
+        modulation = modulate(self, times, conditions.modulation, x.dtype)
+        x = run_stack(self, x, Run(times, conditions, modulation, iter(control or ()), cache))
         output = read_out(self.clf, x)
         return StableCascadeUNetOutput(sample=output) if return_dict else (output,)
 
