@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -10,14 +11,16 @@ from stable_cascade.config import (
     ConfigError,
     ControlNetConfig,
     DecoderConfig,
-    GenerateConfig,
     LoraConfig,
     TextToImageConfig,
+    TrainingSettings,
     documentation,
     help_text,
+    keys_where,
     load_config,
     reference,
 )
+from stable_cascade.config.fields import setting
 
 RATIOS = ["1/1", "1/2", "1/3", "2/3", "3/4", "1/5", "2/5", "3/5", "4/5", "1/6", "5/6", "9/16"]
 BLOCKS = [0, 4, 8, 12, 51, 55, 59, 63]
@@ -45,13 +48,6 @@ CONTROL = {
     **STAGE_C, "batch_size": 256, "image_size": 768, "backup_every": 2000, "save_every": 1000, "use_fsdp": True,
     "captions_getter": ["txt", "identity"], "dataset_filters": LARGE,
 }  # fmt: skip
-FILES = {
-    "effnet_checkpoint_path": "models/effnet_encoder.safetensors",
-    "previewer_checkpoint_path": "models/previewer.safetensors",
-    "generator_checkpoint_path": "models/stage_c_bf16.safetensors",
-}
-USE_C = {"model_version": "3.6B", "dtype": "bfloat16", **FILES}
-
 GUIDE = {
     "training/controlnet_c_3b_canny": (ControlNetConfig, {
         **CONTROL, "experiment_id": "stage_c_3b_controlnet_canny", "updates": 10000, "controlnet_blocks": BLOCKS,
@@ -94,37 +90,6 @@ GUIDE = {
     }),
     "training/finetune_c_3b_lowres": (TextToImageConfig, {**FINETUNE_C, "batch_size": 1024, "image_size": 384}),
     "training/finetune_c_3b_v": (TextToImageConfig, {**FINETUNE_C, "edm_objective": True}),
-    "inference/controlnet_c_3b_canny": (GenerateConfig, {
-        **USE_C, "controlnet_blocks": BLOCKS, "controlnet_filter": "CannyFilter",
-        "controlnet_filter_params": {"resize": 224}, "controlnet_checkpoint_path": "models/canny.safetensors",
-    }),
-    "inference/controlnet_c_3b_identity": (GenerateConfig, {
-        **USE_C, "controlnet_bottleneck_mode": "simple", "controlnet_blocks": list(range(64)),
-        "controlnet_filter": "IdentityFilter", "controlnet_checkpoint_path": None,
-        "controlnet_filter_params": {"max_faces": 4, "p_drop": 0.0, "p_full": 0.0},
-    }),
-    "inference/controlnet_c_3b_inpainting": (GenerateConfig, {
-        **USE_C, "controlnet_blocks": BLOCKS, "controlnet_filter": "InpaintFilter",
-        "controlnet_filter_params": {"thresold": [0.04, 0.4], "p_outpaint": 0.4},
-        "controlnet_checkpoint_path": "models/inpainting.safetensors",
-    }),
-    "inference/controlnet_c_3b_sr": (GenerateConfig, {
-        **USE_C, "controlnet_bottleneck_mode": "large", "controlnet_blocks": BLOCKS,
-        "controlnet_filter": "SREffnetFilter", "controlnet_filter_params": {"scale_factor": 0.5},
-        "controlnet_checkpoint_path": "models/super_resolution.safetensors",
-    }),
-    "inference/lora_c_3b": (GenerateConfig, {
-        **USE_C, "module_filters": [".attn"], "rank": 4, "train_tokens": [["[fernando]", "^dog</w>"]],
-        "lora_checkpoint_path": "models/lora_fernando_10k.safetensors",
-    }),
-    "inference/stage_b_3b": (GenerateConfig, {
-        "model_version": "3B", "dtype": "bfloat16", "webdataset_path": "file:inference/imagenet_1024.tar",
-        "batch_size": 4, "image_size": 1024, "grad_accum_steps": 1,
-        "effnet_checkpoint_path": "models/effnet_encoder.safetensors",
-        "stage_a_checkpoint_path": "models/stage_a.safetensors",
-        "generator_checkpoint_path": "models/stage_b_bf16.safetensors",
-    }),
-    "inference/stage_c_3b": (GenerateConfig, USE_C),
 }  # fmt: skip
 
 
@@ -221,7 +186,7 @@ def test_absent_keys_take_their_meaning_from_others(lora, tmp_path):
     [
         (["--rnk", "4"], "command line: unknown key 'rnk' (value 4); nearest: 'rank'"),
         (["--learning_rate", "1"], "here it is called 'lr'"),
-        (["--controlnet_filter", "CannyFilter"], "it belongs to ControlNetConfig, GenerateConfig, not to LoraConfig"),
+        (["--controlnet_filter", "CannyFilter"], "it belongs to ControlNetConfig, not to LoraConfig"),
         (["--rank", "four"], "rank: 'four' is not allowed; rank takes whole number"),
         (["--rank", "2.5"], "rank: 2.5 is not allowed; rank takes whole number"),
         (["--updates", "True"], "updates: True is not allowed; updates takes whole number"),
@@ -299,7 +264,7 @@ def test_main_prints_one_line_and_exits_with_2(lora):
     assert done.stderr == "error: command line: rank: 0 must be at least 1\n"
 
 
-@pytest.mark.parametrize("cls", [*TRAINERS, GenerateConfig])
+@pytest.mark.parametrize("cls", TRAINERS)
 def test_every_key_has_its_line(cls, capsys):
     lines, text = documentation(cls), help_text(cls)
     for key in cls.__dataclass_fields__:
@@ -313,8 +278,39 @@ def test_every_key_has_its_line(cls, capsys):
 
 
 def test_reference_page_has_every_key_once_per_section():
-    page = reference()
-    for cls in (*TRAINERS, GenerateConfig):
+    page = reference(TRAINERS)
+    for cls in TRAINERS:
         for key in cls.__dataclass_fields__:
             assert f"| `{key}` |" in page
     assert page.count("| `experiment_id` |") == 1
+
+
+@dataclass
+class OneMore(TrainingSettings):
+    """A config with one key of its own."""
+
+    sharpness: float | None = setting(0.5, above=0, at_most=1, resume="free", card=False)
+    """How sharp."""
+    odd: int = setting(1, check=lambda value: None if value % 2 else "must be odd", at_least=1)
+    """A number."""
+    folder: str | None = setting(None, path=True)
+    """A folder."""
+
+
+def test_a_new_key_is_one_field(monkeypatch, tmp_path):
+    required = ["--experiment_id=a", "--checkpoint_path=r", "--output_path=o", "--updates=1", "--batch_size=1"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(OneMore, [*required, "--folder=~/x"]).folder == str(tmp_path / "x")
+    for argument, message in [
+        ("--sharpness=0", "sharpness: 0.0 must lie in (0, 1]"),
+        ("--odd=2", "odd: 2 must be odd"),
+        ("--odd=0", "odd: 0 must be at least 1"),
+        ("--sharpness=x", "sharpness takes number in (0, 1]"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load_config(OneMore, [*required, argument])
+        assert message in str(caught.value)
+    assert "  --sharpness  number in (0, 1]  (default 0.5)\n      How sharp." in help_text(OneMore)
+    assert "| `sharpness` | number in (0, 1] | (default 0.5) | How sharp. | yes |" in reference([OneMore])
+    assert keys_where([OneMore], resume="free", card=False) >= {"sharpness", "save_every"}
+    assert not keys_where([OneMore], resume="free") & {"odd", "lr"}

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from stable_cascade.config import LoraConfig, load_config
-from stable_cascade.config.reference import kinds
-from stable_cascade.config.settings import REQUIRED, TRAINERS
+from stable_cascade.config.fields import REQUIRED, kinds
+from stable_cascade.config.settings import TRAINERS
 
 PLAIN = {
     "experiment_id": "a", "checkpoint_path": "runs", "output_path": "out", "updates": 1, "batch_size": 1,

@@ -1,13 +1,12 @@
 """Every setting of every trainer: flat keys as the training guide writes them, checked before any weight is read."""
 
+from stable_cascade.config.fields import documentation, help_text, keys_where, reference
 from stable_cascade.config.loading import ConfigError, load_config, make_config, run_main
-from stable_cascade.config.reference import documentation, help_text, reference
 from stable_cascade.config.settings import (
     TRAINERS,
     CLIPConfig,
     ControlNetConfig,
     DecoderConfig,
-    GenerateConfig,
     ImageEncoderConfig,
     LoraConfig,
     OptimizerSettings,
@@ -23,7 +22,6 @@ __all__ = [
     "ConfigError",
     "ControlNetConfig",
     "DecoderConfig",
-    "GenerateConfig",
     "ImageEncoderConfig",
     "LoraConfig",
     "OptimizerSettings",
@@ -33,6 +31,7 @@ __all__ = [
     "VQGANConfig",
     "documentation",
     "help_text",
+    "keys_where",
     "load_config",
     "make_config",
     "reference",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import os
 import re
 import sys
@@ -11,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from stable_cascade.config.reference import documentation, help_text, kind_text, kinds
+from stable_cascade.config.fields import documentation, help_text, keys_where, kind_text, kinds, settings_of
 from stable_cascade.config.rules import problems, resolve
-from stable_cascade.config.settings import PATH_KEYS, TRAINERS, GenerateConfig
+from stable_cascade.config.settings import TRAINERS
 from stable_cascade.disk import path_text, read_text
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief, printable
@@ -74,33 +75,40 @@ def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    keys: Any = cls
+    # Fill the typed fields; each value is refused by its own name.
     node = OmegaConf.structured(cls)
     for key, (value, source) in given.items():
         _refuse_resolvers(key, value, source)
-        if key not in kinds(cls):  # type: ignore[arg-type]
-            raise ConfigError(f"{source}: unknown key {key!r} (value {_short(value)}); {_nearest_key(cls, key)}")
+        if key not in kinds(keys):
+            raise ConfigError(f"{source}: unknown key {key!r} (value {_short(value)}); {_nearest_key(keys, key)}")
         try:
             OmegaConf.update(node, key, value)
         except (OmegaConfBaseException, OverflowError) as error:
             raise ConfigError(
-                f"{source}: {key}: {_short(value)} is not allowed; {_expected(cls, key, value)}"
+                f"{source}: {key}: {_short(value)} is not allowed; {_expected(keys, key, value)}"
             ) from error
-    missing = [key for key in node if OmegaConf.is_missing(node, key)]
+    missing = [str(key) for key in node if OmegaConf.is_missing(node, key)]
     if missing:
-        meaning = documentation(cls)[str(missing[0])]  # type: ignore[arg-type]
-        raise ConfigError(f"{cls.__name__}: missing {', '.join(map(str, missing))}; set {missing[0]}: {meaning}")
+        meaning = documentation(keys)[missing[0]]
+        raise ConfigError(f"{cls.__name__}: missing {', '.join(missing)}; set {missing[0]}: {meaning}")
     try:
         config: Any = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or "config")
         raise ConfigError(f"{cls.__name__}: {key}: {str(error).splitlines()[0]}") from error
-    for key in PATH_KEYS & kinds(cls).keys():  # type: ignore[arg-type]
+
+    # Expand the home folder in paths.
+    for key in keys_where([keys], path=True):
         value = getattr(config, key)
-        expanded = [path_text(one) for one in value] if isinstance(value, list) else path_text(value)
-        setattr(config, key, expanded)
-    for key, clause in problems(config):
-        source = given[key][1] if key in given else cls.__name__
-        raise ConfigError(f"{source}: {key}: {_short(getattr(config, key))} {clause}")
+        setattr(config, key, [path_text(one) for one in value] if isinstance(value, list) else path_text(value))
+
+    # Check each value alone, then what several say together; fill in what absent keys mean.
+    alone = ((key, known.problem(getattr(config, key))) for key, known in settings_of(keys).items())
+    for key, clause in itertools.chain(alone, problems(config)):
+        if clause:
+            source = given[key][1] if key in given else cls.__name__
+            raise ConfigError(f"{source}: {key}: {_short(getattr(config, key))} {clause}")
     resolve(config)
     return config
 
@@ -306,7 +314,7 @@ def _nearest_key(cls: type, key: str) -> str:
     keys = list(kinds(cls))
     if _ELSEWHERE.get(key) in keys:
         return f"here it is called {_ELSEWHERE[key]!r}"
-    owners = [trainer.__name__ for trainer in (*TRAINERS, GenerateConfig) if key in kinds(trainer)]
+    owners = [trainer.__name__ for trainer in TRAINERS if key in kinds(trainer)]
     if owners:
         return f"it belongs to {', '.join(owners)}, not to {cls.__name__}"
     return _nearest(key, keys).removeprefix("; ") or "--help lists the keys"

@@ -22,25 +22,12 @@ import torch
 from torch import Tensor
 
 from stable_cascade import bounds
-from stable_cascade.config import TrainingSettings
+from stable_cascade.config import TrainingSettings, keys_where
 from stable_cascade.disk import local_path, read_file
 from stable_cascade.redaction import redacted
 from stable_cascade.training.folders import checked, write_folder
 from stable_cascade.training.run_folder import RECORD, resumable, run_folder, step_of
 from stable_cascade.wording import brief, quoted
-
-FREE_KEYS = frozenset({
-    "experiment_id", "checkpoint_path", "output_path", "resume", "resume_with_other_data",
-    "save_every", "backup_every", "log_every", "check",
-    "checkpoints_total_limit", "tracker", "wandb_project", "wandb_entity", "push_to_hub", "hub_model_id",
-    "hub_private", "ema_offload", "offload", "stage_b_checkpoint_path",
-    "num_workers", "cache_dir", "max_broken_share", "validation_prompts", "num_preview_images", "preview_steps",
-    "preview_decoder_steps", "preview_guidance_scale",
-})  # fmt: skip
-"""Keys that may change between a run and its resumption, because no weight depends on them."""
-
-DATA_PATHS = frozenset({"webdataset_path", "regularization_path"})
-"""Keys that may change as well where the pictures themselves are known to be the same."""
 
 PARTS = "parts"
 """The folder in a sharded run's checkpoint that all processes write to."""
@@ -144,7 +131,7 @@ def read_checkpoint(
     """
     record = _read_record(folder)
     known = config.resume_with_other_data or _refuse_other_data(folder, record.get("data"), data)
-    _refuse_other_settings(folder, record["settings"], config, DATA_PATHS if known else frozenset())
+    _refuse_other_settings(folder, record["settings"], config, same_data=known)
     parts = sorted(name for name in record["files"] if name.startswith(f"{PARTS}/"))
     for name, (size, check) in record["files"].items():
         if name in parts and parts.index(name) % share[1] != share[0]:
@@ -268,14 +255,16 @@ def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: M
     )
 
 
-def _refuse_other_settings(
-    folder: Path, saved: dict[str, Any], config: TrainingSettings, more_free: frozenset[str]
-) -> None:
+def _refuse_other_settings(folder: Path, saved: dict[str, Any], config: TrainingSettings, *, same_data: bool) -> None:
     """An error when a key that the weights depend on differs between the checkpoint and the config."""
     saved, current = redacted(saved), redacted(json.loads(json.dumps(asdict(config))))
-    free = set(FREE_KEYS | more_free)
+    # Which keys may differ: each field says so of itself, and the length of the run depends on the schedule.
+    free = set(keys_where([type(config)], resume="free"))
+    if same_data:
+        free |= keys_where([type(config)], resume="same data")
     if config.lr_scheduler in ("constant", "inverse_sqrt"):
         free.add("updates")  # the other schedules stretch with the length of the run
+    # What differs beyond them; a key that the record lacks had its default.
     defaults = {field.name: field.default for field in fields(config)}
     pairs = {key: (saved.get(key, defaults.get(key)), current.get(key)) for key in set(saved) | set(current)}
     other = sorted(key for key, (before, now) in pairs.items() if before != now and key not in free)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from stable_cascade.config import TRAINERS, keys_where
 from stable_cascade.formats.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training.card_usage import usage
@@ -14,16 +15,6 @@ from stable_cascade.training.sheets import sheet_pictures
 
 CARD, SAMPLES = "README.md", "samples"
 RELEASED_LICENCE = "https://huggingface.co/stabilityai/stable-cascade/blob/main/LICENSE"
-_HIDDEN = frozenset({
-    "checkpoint_path", "output_path", "cache_dir", "resume", "check", "tracker", "wandb_project", "wandb_entity",
-    "push_to_hub", "hub_model_id", "hub_private", "save_every", "backup_every", "log_every", "num_workers",
-    "checkpoints_total_limit",
-})  # fmt: skip
-"""Settings that say nothing about the model."""
-_PLACES = frozenset({
-    "webdataset_path", "regularization_path", "dataset_name", "pretrained_model_name_or_path",
-    "clip_text_model_name", "clip_image_model_name",
-})  # fmt: skip
 _PARTS = {
     "StableCascadePrior": "prior", "StableCascadeDecoder": "decoder", "StableCascadeVQGAN": "vqgan",
     "StableCascadeControlNet": "controlnet", "StableCascadeImageEncoder": "semantic_encoder",
@@ -130,7 +121,8 @@ def read_base(settings: Mapping[str, Any]) -> Base:
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that describe the model, without credentials, and without folders of the machine it was made on."""
-    return {key: _public(value) for key, value in settings.items() if key not in _HIDDEN and value is not None}
+    hidden = keys_where(TRAINERS, card=False)
+    return {key: _public(value) for key, value in settings.items() if key not in hidden and value is not None}
 
 
 def public_place(place: str) -> str:
