@@ -396,7 +396,7 @@ def test_control_shorter_than_the_network_and_too_long():
 
 
 def test_a_silent_channel_has_a_finite_gradient():
-    from stable_cascade.models.blocks import GlobalResponseNorm
+    from stable_cascade.models.layers import GlobalResponseNorm
 
     norm = GlobalResponseNorm(6).double()
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

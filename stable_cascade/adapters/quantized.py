@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stable_cascade.models.layers import WideLinear
+
 FORMATS = ("int8", "int4", "nf4")
 _GROUP = 64
 """Neighbours in a row that share a scale in four bits."""
@@ -86,7 +88,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) in (nn.Linear, WideLinear)
         and module.in_features % 2 == 0
         and not any(part.startswith(_PRECISE) for part in name.split("."))
     }

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_plain
-from .products import project_wide
+from .layers import WideLinear, is_plain, saturate
 
 # Joining more elements than these costs more in copying than one product saves over several.
 LARGEST_JOINED = 2**16
@@ -80,7 +79,7 @@ class SDCascadeAttention(nn.Module):
         self.to_q = nn.Linear(c, c)
         self.to_k = nn.Linear(c, c)
         self.to_v = nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.to_out = nn.ModuleList([WideLinear(c, c)])
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -117,7 +116,7 @@ class SDCascadeAttention(nn.Module):
                 query = self._split(self.to_q(tokens))
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         mixed = attend(q, k, v, self.dropout if self.training else 0.0, attended)
-        return project_wide(self.to_out[0], mixed.transpose(1, 2).flatten(2))
+        return saturate(self.to_out[0](mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

@@ -14,13 +14,21 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
-from .blocks import layer_norm
-from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_grid, map_tokens, read_out
-from .initialisation import initialise
-from .modulation import blocks_of, embed_times, joined_mappers, modulate
-from .plain import resize, to_channels_last
+from .conditioning import (
+    StableCascadeUNetOutput,
+    as_sequence,
+    blocks_of,
+    embed_sample,
+    embed_times,
+    joined_mappers,
+    map_grid,
+    map_tokens,
+    modulate,
+    read_out,
+)
+from .layers import TiledConv2d, layer_norm, resize, to_channels_last
 from .pretrained import PretrainedMixin
-from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, keys_values, run_stack
+from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, initialise, keys_values, run_stack
 
 PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
@@ -84,11 +92,11 @@ class StableCascadeDecoder(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapter
         self.clip_txt_pooled_mapper = nn.Linear(clip_text_pooled_in_channels, conditioning_dim * clip_seq)
         self.clip_norm = layer_norm(conditioning_dim)
         self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(patch_size), nn.Conv2d(in_channels * patch_size**2, width, 1), layer_norm(width)
+            nn.PixelUnshuffle(patch_size), TiledConv2d(in_channels * patch_size**2, width, 1), layer_norm(width)
         )
         add_stack(self, self.config)
         self.clf = nn.Sequential(
-            layer_norm(width), nn.Conv2d(width, out_channels * patch_size**2, 1), nn.PixelShuffle(patch_size)
+            layer_norm(width), TiledConv2d(width, out_channels * patch_size**2, 1), nn.PixelShuffle(patch_size)
         )
         self.gradient_checkpointing = False
         self.reset_parameters()
@@ -218,5 +226,5 @@ class StableCascadeDecoder(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapter
 
 def _grid_mapper(in_channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, 4 * width, 1), nn.GELU(), nn.Conv2d(4 * width, width, 1), layer_norm(width)
+        TiledConv2d(in_channels, 4 * width, 1), nn.GELU(), TiledConv2d(4 * width, width, 1), layer_norm(width)
     )

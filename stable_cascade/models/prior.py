@@ -15,13 +15,21 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
-from .blocks import layer_norm
-from .conditioning import StableCascadeUNetOutput, as_sequence, embed_sample, map_tokens, read_out
-from .initialisation import initialise
-from .modulation import blocks_of, embed_times, joined_mappers, modulate
+from .conditioning import (
+    StableCascadeUNetOutput,
+    as_sequence,
+    blocks_of,
+    embed_sample,
+    embed_times,
+    joined_mappers,
+    map_tokens,
+    modulate,
+    read_out,
+)
+from .layers import TiledConv2d, layer_norm
 from .pretrained import PretrainedMixin
 from .prompt_windows import attended_tokens
-from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, keys_values, run_stack
+from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, initialise, keys_values, run_stack
 
 TEXT_TOKENS = 77
 LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
@@ -82,11 +90,11 @@ class StableCascadePrior(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         self.clip_norm = layer_norm(conditioning_dim)
         width = block_out_channels[0]
         self.embedding = nn.Sequential(
-            nn.PixelUnshuffle(patch_size), nn.Conv2d(in_channels * patch_size**2, width, 1), layer_norm(width)
+            nn.PixelUnshuffle(patch_size), TiledConv2d(in_channels * patch_size**2, width, 1), layer_norm(width)
         )
         add_stack(self, self.config)
         self.clf = nn.Sequential(
-            layer_norm(width), nn.Conv2d(width, out_channels * patch_size**2, 1), nn.PixelShuffle(patch_size)
+            layer_norm(width), TiledConv2d(width, out_channels * patch_size**2, 1), nn.PixelShuffle(patch_size)
         )
         self.gradient_checkpointing = False
         self.reset_parameters()

@@ -7,6 +7,7 @@ and `config`. Images travel as (B, H, W, C).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +21,19 @@ from .blocks import (
     SDCascadeFeedForwardBlock,
     SDCascadeResBlock,
     SDCascadeTimestepBlock,
-    layer_norm,
 )
-from .modulation import JoinedMappers, blocks_of
-from .plain import narrow, resize, saturate, to_channels_last, widen
-from .products import double, halve, pointwise
+from .conditioning import JoinedMappers, blocks_of
+from .layers import (
+    DoublingConv2d,
+    TiledConv2d,
+    layer_norm,
+    narrow,
+    resize,
+    saturate,
+    to_channels_first,
+    to_channels_last,
+    widen,
+)
 
 NO_SPLIT = ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock", "SDCascadeFeedForwardBlock"]
 # A network with the submodules named above; type checkers see a module's attributes as tensors or modules only.
@@ -97,22 +106,26 @@ class Run:
 
 
 class UpDownBlock2d(nn.Module):
-    """Change of width between levels, and of size by two where `enabled`. Shapes: (B, H, W, C) -> (B, H', W', C')."""
+    """Change of width between levels, and of size by two where `enabled`. Shapes: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, in_channels: int, out_channels: int, mode: str, enabled: bool):
         super().__init__()
-        mapping = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        mapping = TiledConv2d(in_channels, out_channels, 1)
         self.up, self.enabled = mode == "up", enabled
         self.blocks = nn.ModuleList([nn.Identity(), mapping] if self.up else [mapping, nn.Identity()])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (B, H, W, C) -> (B, H', W', C')."""
+        """Shapes: (B, C, H, W) -> (B, C', H', W')."""
         if not self.enabled:
-            return pointwise(self.blocks[int(self.up)], x)
-        height, width = x.shape[1:3]
+            return self.blocks[int(self.up)](x)
+        height, width = x.shape[2:]
         if self.up:
-            return pointwise(self.blocks[1], resize(x, (2 * height, 2 * width)))
-        return resize(pointwise(self.blocks[0], x), (height // 2, width // 2))
+            return self.blocks[1](_resize_image(x, (2 * height, 2 * width)))
+        return _resize_image(self.blocks[0](x), (height // 2, width // 2))
+
+
+def _resize_image(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return to_channels_first(resize(to_channels_last(x), size))
 
 
 def per_level(config: dict[str, Any]) -> dict[str, Any]:
@@ -192,14 +205,14 @@ def _scaler(config: dict[str, Any], level: int, side: str) -> nn.Module:
     source, target = (outer, inner) if side == "down" else (inner, outer)
     if switch is not None:
         return nn.Sequential(layer_norm(source), UpDownBlock2d(source, target, side, switch[level - 1]))
-    convolution = nn.Conv2d if side == "down" else nn.ConvTranspose2d
-    return nn.Sequential(layer_norm(source), convolution(source, target, kernel_size=2, stride=2))
+    change = TiledConv2d(source, target, 2, stride=2) if side == "down" else DoublingConv2d(source, target)
+    return nn.Sequential(layer_norm(source), change)
 
 
 def _repeats(config: dict[str, Any], level: int, side: str) -> nn.ModuleList:
     c = config["block_out_channels"][level]
     count = _entry(config, "blocks_repeat_mappers", level, side) - 1
-    return nn.ModuleList(nn.Conv2d(c, c, kernel_size=1) for _ in range(count))
+    return nn.ModuleList(TiledConv2d(c, c, 1) for _ in range(count))
 
 
 def keys_values(model: Stack, tokens: Tensor, attended: Tensor | None = None) -> dict[str, KeysValues]:
@@ -251,10 +264,12 @@ def rescale(scaler: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(scaler, nn.Sequential):
         return x
     norm, layer = scaler
-    normalised = narrow(norm(x), next(layer.parameters()))
-    if isinstance(layer, UpDownBlock2d):
-        return widen(layer(normalised))
-    return widen((double if isinstance(layer, nn.ConvTranspose2d) else halve)(layer, normalised))
+    return widen(_as_image(layer, narrow(norm(x), next(layer.parameters()))))
+
+
+def _as_image(convolution: nn.Module, x: Tensor) -> Tensor:
+    """A convolution on an image with channels last. Shapes: (B, H, W, C) -> (B, H', W', C')."""
+    return to_channels_last(convolution(to_channels_first(x)))
 
 
 def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | None, run: Run) -> Tensor:
@@ -269,7 +284,7 @@ def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | N
             step = _layer(keyed[start : start + depth], skip if start == 0 else None, run)
             x = model._gradient_checkpointing_func(step, x) if checkpointed else step(x)
         if repeat < len(mappers):
-            x = widen(saturate(pointwise(mappers[repeat], narrow(x, mappers[repeat].weight))))
+            x = widen(saturate(_as_image(mappers[repeat], narrow(x, mappers[repeat].weight))))
     return x
 
 
@@ -298,3 +313,32 @@ def _residual(block: nn.Module, x: Tensor, skip: Tensor | None, control: Tensor 
     if control is not None:
         x = saturate(x + resize(to_channels_last(control), x.shape[1:3]).to(x.dtype))
     return block(x, skip)
+
+
+def initialise(model: Any, layers: int) -> None:
+    """Starting weights of a network trained from scratch, in place; `layers` is the number of down layers.
+
+    Source: the original implementation; its query, key and value weights are one matrix, whose Xavier bound is theirs.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    _scale_blocks(model, layers)
+    nn.init.xavier_uniform_(model.embedding[1].weight, gain=0.02)
+    nn.init.zeros_(model.clf[1].weight)
+
+
+def _scale_blocks(model: Any, layers: int) -> None:
+    for module in model.modules():
+        if isinstance(module, SDCascadeAttnBlock):
+            for projection in (module.attention.to_q, module.attention.to_k, module.attention.to_v):
+                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
+        elif isinstance(module, (SDCascadeResBlock, SDCascadeFeedForwardBlock)):
+            last: Any = module.channelwise[-1]
+            with torch.no_grad():
+                last.weight.mul_(math.sqrt(1 / layers))
+        elif isinstance(module, SDCascadeTimestepBlock):
+            for mapper in module.mappers():
+                nn.init.zeros_(mapper.weight)

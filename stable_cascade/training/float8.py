@@ -67,7 +67,7 @@ def float8_layers(model: nn.Module, smallest: int = SMALLEST) -> list[str]:
     return [
         name
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear
+        if isinstance(layer, nn.Linear)
         and not any(part.startswith(_LEFT) for part in name.split("."))
         and min(layer.in_features, layer.out_features) >= smallest
         and layer.in_features % 16 == layer.out_features % 16 == 0
