@@ -24,8 +24,7 @@ from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
 from stable_cascade.embedded import embedded_path
 from stable_cascade.models.checkpointing import chosen_checkpoint
-from stable_cascade.models.clip_image import clip_pixels
-from stable_cascade.models.text import encode_prompts
+from stable_cascade.models.clip import clip_pixels, encode_prompts
 from stable_cascade.training.optimizers import learning_rate_share
 from stable_cascade.training.randomness import seeded
 

@@ -11,7 +11,7 @@ import torch
 from stable_cascade import factory
 from stable_cascade.config import VQGANConfig, load_config, run_main
 from stable_cascade.models.checkpointing import chosen_checkpoint
-from stable_cascade.models.discriminator import PatchDiscriminator
+from stable_cascade.models.vqgan import PatchDiscriminator
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.objectives.vqgan import AdversarialAutoencoder, latent_scale, prepare_new, vqgan_loss
 from stable_cascade.plan import plan_training

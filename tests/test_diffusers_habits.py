@@ -14,7 +14,7 @@ from stable_cascade import (
     StableCascadePrior,
     StableCascadePriorPipeline,
 )
-from stable_cascade.models.clip_image import clip_pixels
+from stable_cascade.models.clip import clip_pixels
 from stable_cascade.schedulers import StableCascadeScheduler
 from tests.tiny_cascade import MULTIPLE, PRIOR
 from tests.tiny_pipelines import cascade, pictures, prior_pipeline

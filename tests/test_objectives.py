@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from stable_cascade.diffusion.process import add_noise, target
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
-from stable_cascade.models.text import TextEmbedder
+from stable_cascade.models.clip import TextEmbedder
 from stable_cascade.objectives.autoencoding import (
     EncoderWithPreviewer,
     edge_loss,

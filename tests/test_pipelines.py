@@ -18,7 +18,7 @@ from stable_cascade import (
     StableCascadeScheduler,
 )
 from stable_cascade.adapters import add_learned_tokens, add_lora, save_lora
-from stable_cascade.models.text import encode_prompts
+from stable_cascade.models.clip import encode_prompts
 from tests.tiny_cascade import MULTIPLE, tiny_parts
 from tests.tiny_pipelines import (
     DECODER_PARTS,

@@ -9,9 +9,15 @@ import torch
 
 from stable_cascade import StableCascadePipeline
 from stable_cascade.models.attention import attend
-from stable_cascade.models.prompt_weights import read_weights
-from stable_cascade.models.prompt_windows import MOST_WINDOWS, attended_tokens, encode_windows, prompt_windows
-from stable_cascade.models.text import encode_prompts, tokenize
+from stable_cascade.models.clip import (
+    MOST_WINDOWS,
+    attended_tokens,
+    encode_prompts,
+    encode_windows,
+    prompt_windows,
+    read_weights,
+    tokenize,
+)
 from tests.tiny_cascade import MULTIPLE, tiny_parts
 
 FAST = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "output_type": "pt"}

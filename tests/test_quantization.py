@@ -268,7 +268,7 @@ def test_networks_whose_weights_visit_the_device_compute_the_same():
     """What `offload` does on CUDA, with the processor as the device: the weights are away between two calls."""
     from accelerate import cpu_offload
 
-    from stable_cascade.models.text import encode_prompts
+    from stable_cascade.models.clip import encode_prompts
 
     parts = tiny_parts()
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

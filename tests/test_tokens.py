@@ -18,7 +18,7 @@ from stable_cascade.adapters import (
     save_lora,
 )
 from stable_cascade.adapters.tokens import restart_rows
-from stable_cascade.models.text import encode_prompts
+from stable_cascade.models.clip import encode_prompts
 from tests.golden import entry, fill_value, tensors
 from tests.tiny_cascade import tiny_text_encoder, tiny_tokenizer
 

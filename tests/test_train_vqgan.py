@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from stable_cascade import StableCascadeVQGAN
 from stable_cascade.config import VQGANConfig, load_config
-from stable_cascade.models.discriminator import PatchDiscriminator
+from stable_cascade.models.vqgan import PatchDiscriminator
 from stable_cascade.objectives.autoencoding import reconstruction_loss
 from stable_cascade.objectives.vqgan import (
     AdversarialAutoencoder,

@@ -173,7 +173,7 @@ def lora(arguments: argparse.Namespace) -> dict:
 @torch.no_grad()
 def clip(arguments: argparse.Namespace) -> dict:
     """Share of base pictures found by their caption among all base pictures as drawn, by CLIP's similarity."""
-    from stable_cascade.models.clip_image import clip_pixels
+    from stable_cascade.models.clip import clip_pixels
 
     samples = [sample for sample in read_shard(arguments.data / "base.tar", side=SIDE) if sample[0].endswith("-0")]
     pipeline = load_pipeline(arguments)

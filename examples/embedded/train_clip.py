@@ -17,7 +17,7 @@ from transformers import (
 
 from stable_cascade import factory
 from stable_cascade.config import CLIPConfig, load_config, run_main
-from stable_cascade.models.clip_image import clip_pixels
+from stable_cascade.models.clip import clip_pixels
 from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train

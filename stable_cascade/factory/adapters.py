@@ -13,7 +13,7 @@ from stable_cascade.adapters.layers import lora_scales_of
 from stable_cascade.adapters.loading import LoraFile
 from stable_cascade.adapters.lora import layer_shapes, lora_path, read_lora
 from stable_cascade.adapters.tokens import EMBEDS_NAME
-from stable_cascade.models.text import TextEmbedder
+from stable_cascade.models.clip import TextEmbedder
 
 from .clip import text_encoder
 

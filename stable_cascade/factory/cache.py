@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stable_cascade.data import Batch, PlannedCrop, SampleIndex, SampleStream, crop_batches, planned_crops
 from stable_cascade.data.cache import StoreWriter, TensorStore, digest
-from stable_cascade.models.text import TextEmbedder
+from stable_cascade.models.clip import TextEmbedder
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.training.processes import told
 from stable_cascade.transfer import to_device

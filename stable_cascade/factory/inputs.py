@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stable_cascade.data import Batch
 from stable_cascade.data.images import in_unit_range
-from stable_cascade.models.text import TextEmbedder
+from stable_cascade.models.clip import TextEmbedder
 from stable_cascade.objectives.prior import EmbedText
 
 from .clip import text_encoder

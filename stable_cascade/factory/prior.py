@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stable_cascade.data import Batch, SampleIndex, SampleStream
-from stable_cascade.models.text import TextEmbedder
+from stable_cascade.models.clip import TextEmbedder
 from stable_cascade.objectives.prior import prior_loss
 from stable_cascade.transfer import to_device
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
+from .clip import attended_tokens
 from .conditioning import (
     StableCascadeUNetOutput,
     as_sequence,
@@ -28,7 +29,6 @@ from .conditioning import (
 )
 from .layers import TiledConv2d, layer_norm
 from .pretrained import PretrainedMixin
-from .prompt_windows import attended_tokens
 from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, initialise, keys_values, run_stack
 
 TEXT_TOKENS = 77

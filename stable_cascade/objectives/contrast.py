@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_cascade.models.text import encode_prompts
+from stable_cascade.models.clip import encode_prompts
 from stable_cascade.transfer import to_device
 
 

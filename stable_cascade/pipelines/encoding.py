@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_cascade.models.prompt_windows import attended_tokens, encode_windows, prompt_windows
+from stable_cascade.models.clip import attended_tokens, encode_windows, prompt_windows
 
 Embedded = tuple[Tensor, Tensor]
 """Hidden states (B, L, D) and pooled text (B, 1, P)."""

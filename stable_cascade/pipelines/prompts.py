@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stable_cascade.models.clip_image import clip_pixels
+from stable_cascade.models.clip import clip_pixels
 
 from .encoding import encode_texts, same_length, window_counts
 from .inputs import check_count, prompt_list, whole
