@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -61,6 +62,16 @@ EXTRAS = {
     ],
 }
 
+
+class BuildWithLaunchConfigs(build_py):
+    """Puts accelerate_configs/ into the built package, where `stable-cascade train --launch NAME` finds it."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree("accelerate_configs", str(Path(self.build_lib) / "stable_cascade" / "accelerate_configs"))
+
+
 setup(
     name="stable-cascade",
     version=version(),
@@ -72,6 +83,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["stable_cascade", "stable_cascade.*"]),
     package_data={"stable_cascade": ["embedded/**/*", "py.typed"]},
+    cmdclass={"build_py": BuildWithLaunchConfigs},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["stable-cascade = stable_cascade.cli.main:main"]},

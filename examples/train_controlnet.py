@@ -1,61 +1,7 @@
 """Trains a ControlNet on Stage C: `accelerate launch examples/train_controlnet.py --config FILE`."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import torch
-
-from stable_cascade import factory
-from stable_cascade.config import ControlNetConfig, load_config, run_main
-from stable_cascade.models.checkpointing import chosen_checkpoint
-from stable_cascade.objectives.prior import ConditionedPrior
-from stable_cascade.plan import plan_training
-from stable_cascade.previews import prior_previews
-from stable_cascade.training.ema import averaged
-from stable_cascade.training.loop import train
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Reads the config, trains, writes `controlnet/` in diffusers layout and `controlnet.safetensors`."""
-    config = load_config(ControlNetConfig, argv)
-    needs = ["prior", "semantic_encoder", *factory.preview_networks(config)]
-    plan = plan_training(config, trains="ControlNet of the prior", needs=needs)
-    if config.check:
-        print(plan.text, flush=True)
-        return plan.refuse_missing()
-    index = factory.samples(config)
-    accelerator = factory.launch(config, plan.text, index)
-    device, dtype = accelerator.device, getattr(torch, config.dtype)
-
-    control_filter = factory.control_filter(config, device)
-    inputs = factory.prior_inputs(config, accelerator, index)
-    prior = factory.network(config, "prior", dtype=dtype).requires_grad_(False).to(device)
-    control = factory.control_images(control_filter, device)
-    controlnet = factory.controlnet(config, prior, control_filter).to(device)
-    if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
-        controlnet.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
-    model = ConditionedPrior(prior, inputs.text, controlnet)
-    weighting = factory.loss_weight(config)
-
-    def save_fn(directory: Path, model: ConditionedPrior, ema) -> None:
-        with averaged(model, ema):
-            factory.export_controlnet(config, directory, model.controlnet)
-
-    train(
-        config,
-        accelerator,
-        model=model,
-        batches=inputs.batches,
-        loss_fn=factory.prior_loss_fn(config, inputs, weighting.weight, control=control),
-        save_fn=save_fn,
-        preview_fn=prior_previews(config, device, inputs, control=control),
-        stateful=weighting.stateful,
-        after_step=weighting.after_step,
-        data=factory.content(index),
-    )
-
+from stable_cascade.config import run_main
+from stable_cascade.trainers.controlnet import main
 
 if __name__ == "__main__":
     run_main(main)

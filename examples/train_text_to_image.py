@@ -1,57 +1,7 @@
-"""Trains Stage C on pictures with captions: `accelerate launch examples/train_text_to_image.py --config FILE`.
+"""Trains Stage C on images with captions: `accelerate launch examples/train_text_to_image.py --config FILE`."""
 
-The accelerate config chooses devices, precision and sharding; everything else is in FILE (`--help` lists its keys).
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from stable_cascade import factory
-from stable_cascade.config import TextToImageConfig, load_config, run_main
-from stable_cascade.models.checkpointing import chosen_checkpoint
-from stable_cascade.objectives.prior import ConditionedPrior
-from stable_cascade.plan import plan_training
-from stable_cascade.previews import prior_previews
-from stable_cascade.training.ema import averaged
-from stable_cascade.training.loop import train
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Reads the config, trains, writes `prior/` (the moving average where there is one) in diffusers layout."""
-    config = load_config(TextToImageConfig, argv)
-    needs = ["prior", "semantic_encoder", *factory.preview_networks(config)]
-    plan = plan_training(config, trains="prior", needs=needs)
-    if config.check:
-        print(plan.text, flush=True)
-        return plan.refuse_missing()
-    index = factory.samples(config)
-    accelerator = factory.launch(config, plan.text, index)
-
-    inputs = factory.prior_inputs(config, accelerator, index)
-    prior = factory.network(config, "prior")
-    if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
-    model = ConditionedPrior(prior, inputs.text)
-    weighting = factory.loss_weight(config)
-
-    def save_fn(directory: Path, model: ConditionedPrior, ema) -> None:
-        with averaged(model, ema):
-            model.prior.save_pretrained(directory / "prior")
-
-    train(
-        config,
-        accelerator,
-        model=model,
-        batches=inputs.batches,
-        loss_fn=factory.prior_loss_fn(config, inputs, weighting.weight),
-        save_fn=save_fn,
-        preview_fn=prior_previews(config, accelerator.device, inputs),
-        stateful=weighting.stateful,
-        after_step=weighting.after_step,
-        data=factory.content(index),
-    )
-
+from stable_cascade.config import run_main
+from stable_cascade.trainers.text_to_image import main
 
 if __name__ == "__main__":
     run_main(main)

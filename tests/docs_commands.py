@@ -1,7 +1,7 @@
 """Runs the commands of the documentation's shell blocks in this process, or checks what cannot run here.
 
 * `stable-cascade …` runs. Only what needs the hub (`publish`) or waits for a browser (`app`) is parsed and no more.
-* A trainer, launched in any way, runs with `--check`: its config is read and everything it needs is looked at. The
+* A trainer, started in any way, runs with `--check`: its config is read and everything it needs is looked at. The
   launcher's own arguments go through accelerate's parser.
 * Of other programs of ours the file and every flag have to exist.
 * What installs, uploads or watches is checked for the make target, extra or file that it names, see `CHECKED`.
@@ -57,6 +57,9 @@ def run_stable_cascade(argv: list[str]) -> None:
     if argv[0] in PARSED_ONLY and "--card-only" not in argv:
         make_parser().parse_args(argv)
         return
+    if argv[0] == "train":
+        arguments = make_parser().parse_args(argv if {"--help", "--check"} & set(argv) else [*argv, "--check"])
+        return call(lambda: arguments.run(arguments), " ".join(argv))
     try:
         status = main(argv)
     except SystemExit as stop:  # --help and --version, or argparse on a mistake
@@ -94,21 +97,26 @@ def run_script(words: list[str]) -> None:
 
 
 def call_main(path: Path, argv: list[str]) -> None:
-    """`main(argv)` of a file, which may end the program with status 0, or miss files of the reader's."""
+    """`main(argv)` of a file."""
     spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    call(lambda: module.main(argv), path.name)
+
+
+def call(main: Callable[[], Any], name: str) -> None:
+    """Calls a program that may end with status 0, or miss files of the reader's."""
     status = None
     try:
-        module.main(argv)
+        main()
     except SystemExit as stop:  # --help
         status = stop.code
     except ValueError as error:
         if not str(error).startswith("a training would stop, missing or wrong: "):
             raise
-    assert not status, f"{path.name} ended with {status}"
+    assert not status, f"{name} ended with {status}"
 
 
 def check_make(argv: list[str]) -> None:

@@ -262,6 +262,6 @@ def test_mistakes_are_one_line(tmp_path, cascade, capsys, changes, arguments, wo
     ],
 )
 def test_a_config_is_told_by_its_keys(tmp_path, given, trainer):
-    from stable_cascade.cli.trainers import trainer_of
+    from stable_cascade.trainers import trainer_of
 
     assert trainer_of(str(write_config(tmp_path / "a.yaml", given))) == trainer

@@ -17,8 +17,8 @@ from stable_cascade.formats.controlnet import read_description
 from stable_cascade.models.controlnet import RELEASED_BLOCKS
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
 from stable_cascade.pipelines.sampling import Control, Settings, Text, sample_semantic
-from stable_cascade.plan import plan_training
 from stable_cascade.schedulers import StableCascadeScheduler
+from stable_cascade.trainers.check import plan_training
 from stable_cascade.training.loop import train as train_loop
 from stable_cascade.training.tracking import make_accelerator
 from tests.tiny_cascade import tiny_prior

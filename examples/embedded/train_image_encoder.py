@@ -10,7 +10,7 @@ from torch import nn
 from stable_cascade import factory
 from stable_cascade.config import ImageEncoderConfig, load_config, run_main
 from stable_cascade.objectives.autoencoding import EncoderWithPreviewer, image_encoder_loss
-from stable_cascade.plan import plan_training
+from stable_cascade.trainers.check import plan_training
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
 from stable_cascade.training.sheets import preview_sheet
@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(ImageEncoderConfig, argv)
     plan = plan_training(config, trains="semantic_encoder, previewer", needs=["semantic_encoder", "previewer"])
     if config.check:
-        print(plan.text, flush=True)
-        return plan.refuse_missing()
+        return plan.report()
     index = factory.samples(config)
     accelerator = make_accelerator(config)
     encoder, previewer = factory.network(config, "semantic_encoder"), factory.network(config, "previewer")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from stable_cascade.cli.train import add_config_arguments, config_of
+
 TRAINERS = ("lora", "text_to_image", "controlnet")
 
 
 def add_cache(commands: Any) -> None:
     """Adds `cache CONFIG`."""
-    from stable_cascade.cli.trainers import add_config_arguments
-
     parser = commands.add_parser(
         "cache",
         help="compute the latents and embeddings of a training ahead of it",
@@ -24,7 +24,6 @@ def add_cache(commands: Any) -> None:
 
 def _cache(arguments: argparse.Namespace) -> None:
     from stable_cascade import factory
-    from stable_cascade.cli.trainers import config_of
     from stable_cascade.training.tracking import make_accelerator
 
     arguments.overrides = [*arguments.overrides, "--cache", "true"]

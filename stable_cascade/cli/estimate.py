@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from stable_cascade.cli.train import add_config_arguments, config_of
+
 TRAINERS = ("lora", "text_to_image", "controlnet", "decoder")
 
 
 def add_estimate(commands: Any) -> None:
     """Adds `estimate CONFIG`."""
-    from stable_cascade.cli.trainers import add_config_arguments
-
     parser = commands.add_parser(
         "estimate",
         help="parameters and expected peak memory of a training",
@@ -33,7 +33,6 @@ def add_estimate(commands: Any) -> None:
 def _estimate(arguments: argparse.Namespace) -> None:
     import json
 
-    from stable_cascade.cli.trainers import config_of
     from stable_cascade.estimate import estimate
     from stable_cascade.hub import cache_only
 

@@ -17,6 +17,7 @@ from stable_cascade.cli.drawing import DRAWING_COMMANDS
 from stable_cascade.cli.estimate import add_estimate
 from stable_cascade.cli.inspection import add_inspect
 from stable_cascade.cli.publish import add_publish
+from stable_cascade.cli.train import add_train
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief
 
@@ -66,6 +67,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_prepare,
+    add_train,
     add_publish,
     add_cache,
     add_estimate,

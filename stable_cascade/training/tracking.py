@@ -25,10 +25,10 @@ from stable_cascade.training.sheets import sheet_pictures
 
 log = logging.getLogger(__name__)
 
-LAUNCH_SHARDED = "launch with `accelerate launch --config_file accelerate_configs/fsdp.yaml`"
+LAUNCH_SHARDED = "launch with `--launch fsdp`, or with `accelerate launch --config_file accelerate_configs/fsdp.yaml`"
 NO_DEVICE = (
     "the accelerate config asks for FSDP, which needs an accelerator such as a CUDA device, and this machine shows "
-    "none; launch accelerate_configs/cpu.yaml or cpu_2proc.yaml here"
+    "none; launch accelerate_configs/cpu.yaml or cpu_2proc.yaml here (`--launch cpu`)"
 )
 NO_DEEPSPEED = (
     "accelerate was asked for DeepSpeed, whose engine takes the steps itself, so that no bad step could be held back "

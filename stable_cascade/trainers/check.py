@@ -1,7 +1,8 @@
-"""What a training would do, told and checked before anything expensive starts; `--check` prints it."""
+"""What a training would do, checked before anything expensive starts; `--check` prints it."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,23 +28,25 @@ from stable_cascade.wording import quoted
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a training would do, in words, and the names of its parts that are missing or wrong."""
 
     text: str
     missing: tuple[str, ...] = ()
 
-    def refuse_missing(self) -> None:
-        """Ends a `--check`.
+    def report(self) -> None:
+        """Print the plan, all of it before anything is refused: what `--check` does.
 
         Raises:
             ValueError: a training would stop, because parts are missing or wrong.
         """
+        sys.stdout.write(self.text + "\n")
+        sys.stdout.flush()
         if self.missing:
             raise ValueError(f"a training would stop, missing or wrong: {', '.join(self.missing)}")
 
 
-def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Plan:
+def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> TrainingPlan:
     """What a training would do, from shapes and file names alone; with `--check` all that is missing is in it.
 
     Args:
@@ -52,6 +55,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Plan:
     Raises:
         ValueError: a file is missing or the config contradicts itself, and this is no `--check`.
     """
+    # What there is to look at: the networks, and what the config asks for beside them.
     lines = [f"trains          {trains}"]
     entries: list[tuple[str, Callable[[], str]]] = [(name, partial(_network_entry, config, name)) for name in needs]
     if hasattr(config, "pretrained_model_name_or_path"):
@@ -75,6 +79,8 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Plan:
     if config.check:  # a training indexes its pictures right after this
         entries.append(("data", partial(_data_entry, config)))
         entries.append(("run folder", partial(_run_folder_entry, config)))
+
+    # Look at each; a `--check` goes on after what is missing.
     missing: list[str] = []
     for name, entry in entries:
         try:
@@ -87,6 +93,8 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Plan:
                 raise
             missing.append(name)
             lines.append(f"{name:<15} MISSING: {problem}")
+
+    # The figures of the training.
     micro = config.batch_size // config.grad_accum_steps
     lines.append(f"batch           {config.batch_size} = {config.grad_accum_steps} x {micro} over all processes")
     with cache_only() if config.check else nullcontext():
@@ -94,7 +102,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Plan:
     lines.append(f"steps           {config.updates}, saved every {config.save_every}")
     if config.use_fsdp:
         lines.append("sharded         use_fsdp: True, so " + LAUNCH_SHARDED)
-    return Plan(redacted("\n".join(lines)), tuple(missing))
+    return TrainingPlan(redacted("\n".join(lines)), tuple(missing))
 
 
 def _sizes(config: Any, needs: Sequence[str]) -> str:

@@ -1,0 +1,84 @@
+"""`stable-cascade train TRAINER CONFIG`, and the CONFIG argument of the commands that read a trainer's config."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from stable_cascade.config.loading import ConfigError, load_config
+from stable_cascade.trainers import CONFIGS, trainer_of
+
+
+def trainer_name(text: str) -> str:
+    """A trainer's name as its module is called: `text-to-image` is `text_to_image`."""
+    return text.replace("-", "_")
+
+
+def add_train(commands: Any) -> None:
+    """Adds `train TRAINER CONFIG`."""
+    parser = commands.add_parser(
+        "train",
+        parents=[_launch_options()],
+        help="train a LoRA, the prior, a ControlNet, the decoder or Stage A",
+        description="Trains as CONFIG says, through `accelerate launch`. `stable-cascade train TRAINER --help` lists "
+        "the keys; `--check` prints what the training would do and stops.",
+    )
+    shown = ",".join(CONFIGS).replace("_", "-")
+    parser.add_argument("trainer", type=trainer_name, choices=tuple(CONFIGS), metavar=f"{{{shown}}}")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="CONFIG [--key value ...]")
+    parser.set_defaults(run=_train)
+
+
+def _launch_options() -> argparse.ArgumentParser:
+    """The options that are accelerate's business; they may come before the trainer's name or among the keys."""
+    options = argparse.ArgumentParser(prog="stable-cascade train", add_help=False, allow_abbrev=False)
+    options.add_argument(
+        "--launch",
+        metavar="NAME|FILE",
+        help="accelerate config: cpu, cpu_2proc, single_gpu, ddp, fsdp, fsdp2, or a YAML file; default: that of "
+        "`accelerate config` if there is one, else what fits the devices of this machine",
+    )
+    options.add_argument("--processes", type=int, metavar="N", help="number of processes; default: one per GPU")
+    return options
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    # Check everything here, so that a mistake is told before any process starts. `--help` ends here too.
+    from stable_cascade.trainers.launch import launch_command
+
+    options, keys = _launch_options().parse_known_args(arguments.overrides, arguments)
+    config: Any = load_config(CONFIGS[arguments.trainer], keys)
+    command, variables = launch_command(
+        arguments.trainer, keys, launch=options.launch, processes=options.processes, sharded=config.use_fsdp
+    )
+    if config.check:
+        return importlib.import_module(f"stable_cascade.trainers.{arguments.trainer}").main(keys)
+
+    # accelerate takes the place of this process, so that signals and the exit status are the training's.
+    sys.stdout.flush()
+    os.execve(command[0], command, {**os.environ, **variables})
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, trainers: Sequence[str]) -> None:
+    """Adds CONFIG, `--trainer`, and whatever `--key value` overrides follow."""
+    parser.add_argument("config", metavar="CONFIG", help="a trainer's YAML file")
+    parser.add_argument(
+        "--trainer", type=trainer_name, choices=trainers, help="whose config it is; absent: told by its keys"
+    )
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys to change")
+
+
+def config_of(arguments: argparse.Namespace, trainers: Sequence[str]) -> tuple[str, Any]:
+    """The trainer's name and its checked config.
+
+    Raises:
+        ValueError: the keys fit no trainer or do not tell which, or one is wrong.
+    """
+    trainer = arguments.trainer or trainer_of(arguments.config, arguments.overrides)
+    if trainer not in trainers:
+        raise ConfigError(f"{arguments.config}: {trainer} configs are not for this; it takes {', '.join(trainers)}")
+    return trainer, load_config(CONFIGS[trainer], [arguments.config, *arguments.overrides])
