@@ -36,13 +36,14 @@ _SUBMODULES = (
     "diffusion",
     "drawing",
     "embedded",
+    "estimate",
     "factory",
     "formats",
     "models",
     "objectives",
     "pipelines",
-    "previews",
     "schedulers",
+    "trainers",
     "training",
 )
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from stable_cascade.cli.main import main
+from stable_cascade.estimate.memory import checkpointing, optimizer_bytes, peak_bytes, tensor_bytes
 from stable_cascade.models.checkpointing import chosen_checkpoint
-from stable_cascade.training.memory import checkpointing, optimizer_bytes, peak_bytes, tensor_bytes
 from tests.tiny_cascade import tiny_prior
 from tests.trainer_runs import settings, write_cascade, write_config
 
@@ -194,7 +194,7 @@ def test_estimate_of_a_step_is_what_torch_allocates(tmp_path, cascade, capsys, m
     sizes = {"down_num_layers_per_block": [2, 4], "up_num_layers_per_block": [4, 2], "block_types_per_layer": types}
     prior = tiny_prior(**sizes, dropout=0.1).requires_grad_(True).train()
     prior.save_pretrained(tmp_path / "prior")
-    monkeypatch.setattr("stable_cascade.training.memory.peak_bytes.__kwdefaults__", {"autocast": None, "granule": 1})
+    monkeypatch.setattr("stable_cascade.estimate.memory.peak_bytes.__kwdefaults__", {"autocast": None, "granule": 1})
     values = settings("text_to_image", tmp_path, cascade, cache=True, num_preview_images=0, image_size=256,
                       multi_aspect_ratio=None, grad_accum_steps=1, image_embedding_share=0,
                       gradient_checkpointing=checkpointed,

@@ -33,8 +33,7 @@ LAYERS = {
     "pipelines": 3,
     "factory": 4,
     "drawing": 4,
-    "estimate": 4,
-    "step_shapes": 4,
+    "estimate": 5,
     "trainers": 5,
     "cli": 6,
     "app": 6,
@@ -46,9 +45,6 @@ SAME_FOLDER = {
     ("disk", "wording"),
     ("hub", "wording"),
     ("cli", "app"),  # the command that starts the page
-    ("estimate", "factory"),
-    ("estimate", "step_shapes"),
-    ("step_shapes", "factory"),
 }
 MAY_IMPORT_CONFIG = {"training", "factory", "estimate", "trainers", "cli", "examples", "benchmarks"}
 BANNED_MODULES = {"torchvision", "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}

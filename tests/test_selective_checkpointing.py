@@ -110,7 +110,7 @@ def test_gradients_are_those_of_a_plain_step_and_no_product_runs_twice(case):
 
 def held_bytes(choice):
     """Bytes that live between forward and backward pass, beside weights."""
-    from stable_cascade.training.memory import _Trace, checkpointing
+    from stable_cascade.estimate.memory import _Trace, checkpointing
 
     with torch.device("meta"):
         prior = tiny_prior(block_out_channels=[64, 64], down_num_layers_per_block=[2, 2],

@@ -83,7 +83,7 @@ def test_spans_cover_everything_once(margin):
 
 def test_memory_is_that_of_a_tile():
     """The largest tensor, and the sum of those that live at one time, do not grow with the picture."""
-    from stable_cascade.training.memory import peak_bytes
+    from stable_cascade.estimate.memory import peak_bytes
 
     with torch.device("meta"):
         model = vqgan.StableCascadeVQGAN(bottleneck_blocks=4, embed_dim=64).eval()

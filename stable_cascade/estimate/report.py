@@ -1,7 +1,7 @@
-"""How many parameters a training has and how much memory it will take, told without loading a weight.
+"""Parameters and peak memory of a training, added up.
 
 Weights, optimizer and averages are counted. What a step makes on top of them is traced: the whole step, forward and
-backward, runs on the meta device at its real shapes (`training.memory`), with checkpointing as the config says.
+backward, runs on the meta device at its real shapes (`memory.py`), with checkpointing as the config says.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from stable_cascade.data import make_buckets
+from stable_cascade.estimate.memory import optimizer_bytes, peak_bytes, tensor_bytes
+from stable_cascade.estimate.steps import StepShapes, decoder_step, network_shape, prior_step
 from stable_cascade.factory.networks import PRETRAINED, SCRATCH
 from stable_cascade.factory.quantization import quantizes
-from stable_cascade.step_shapes import StepShapes, decoder_step, network_shape, prior_step
-from stable_cascade.training.memory import optimizer_bytes, peak_bytes, tensor_bytes
 
 FRAMEWORK = 600 * 2**20
 """What a process takes beside its tensors: CUDA's context and kernels, workspaces of cuBLAS, gaps of the allocator."""
@@ -70,6 +70,7 @@ def estimate(config: Any, trainer: str, *, processes: int = 1, mixed_precision: 
     Raises:
         ValueError: the batch does not divide, or the config names no network.
     """
+    # The size of a micro-batch: its largest bucket.
     parts = processes * config.grad_accum_steps
     if processes < 1 or config.batch_size % parts:
         raise ValueError(f"batch_size {config.batch_size} is not divisible by {processes} processes x "
@@ -80,6 +81,8 @@ def estimate(config: Any, trainer: str, *, processes: int = 1, mixed_precision: 
         make_buckets(config.image_size, config.multi_aspect_ratio, factor=factor).sizes, key=lambda s: s[0] * s[1]
     )
     rows = config.batch_size // parts
+
+    # Build the step without weights; count what lies there for the whole training, then trace what a step adds.
     subject = (decoder_step if trainer == "decoder" else prior_step)(config, trainer, size, autocast)
     result = Estimate(trainer, size, rows)
     _count(result, config, subject, processes)
@@ -92,6 +95,7 @@ def estimate(config: Any, trainer: str, *, processes: int = 1, mixed_precision: 
 
 def _count(result: Estimate, config: Any, subject: StepShapes, processes: int) -> None:
     """The parts that lie there for the whole training."""
+    # What trains and what it is put on, with optimizer and average.
     shared = processes if config.use_fsdp else 1
     frozen = [p for p in subject.model.parameters() if not p.requires_grad]
     trained = [p for p in subject.model.parameters() if p.requires_grad]
@@ -107,11 +111,13 @@ def _count(result: Estimate, config: Any, subject: StepShapes, processes: int) -
     result.parts["optimizer"] = optimizer_bytes(trained, config.optimizer) // shared
     if config.ema_beta is not None and not config.ema_offload:
         result.parts["moving average"] = 4 * result.trainable // shared
+    # The networks that only serve.
     for name, network in subject.serves.items():
         size = tensor_bytes([*network.parameters(), *network.buffers()])
         if config.offload and name not in ("previewer", "text encoder, which trains"):
             size = max(tensor_bytes(module.parameters(recurse=False)) for module in network.modules())
         result.parts[name] = size
+    # What several processes hold for each other.
     if processes > 1 and config.use_fsdp:
         result.parts["gathered blocks"] = 2 * max(
             (
@@ -140,11 +146,14 @@ def _trace(result: Estimate, config: Any, subject: StepShapes, processes: int, a
             subject.forward(result.rows).float().square().mean().backward()
             del kept
 
+    # A training step; sharded, each gradient goes to its owner as soon as it is there.
     subject.model.train()
     peak = peak_bytes(step, resident, autocast=autocast)
     subject.model.zero_grad(set_to_none=True)
     for hook in hooks:
         hook.remove()
+
+    # A preview, and which of the two is more.
     subject.model.eval()
     shown = len(getattr(config, "validation_prompts", None) or ()) or getattr(config, "num_preview_images", 0)
     preview = 0

@@ -1,4 +1,4 @@
-"""One training step at its real shapes on the meta device: what `estimate.py` traces. No weight is loaded."""
+"""One training step at its real shapes on the meta device: what `report.py` traces. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stable_cascade import factory
+from stable_cascade.estimate.memory import checkpointing
 from stable_cascade.factory.clip import CLIP_IMAGE, CLIP_TEXT, from_source
 from stable_cascade.factory.networks import network_class, preset
 from stable_cascade.factory.quantization import quantizes
 from stable_cascade.models.checkpointing import chosen_contexts
 from stable_cascade.objectives.prior import ConditionedPrior
-from stable_cascade.training.memory import checkpointing
 
 TEXT_TOKENS = 77
 _BIG_G: dict[str, Any] = {
@@ -41,6 +41,7 @@ class StepShapes:
 
 def prior_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch.dtype | None) -> StepShapes:
     """Stage C in training: whole, or frozen beside adapters or a ControlNet."""
+    # The prior, and what trains beside it.
     dtype = torch.float32 if trainer == "text_to_image" else getattr(torch, config.dtype)
     prior = nn.Module.to(network_shape(config, "prior"), dtype)  # diffusers' own warns
     serves, encode = _encoders(config, size)
@@ -56,6 +57,8 @@ def prior_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch
         controlnet = factory.controlnet_on_meta(config, prior, control)
         image = _control_shape(config, control, size)
     _checkpoint(config, autocast, prior, controlnet)
+
+    # A step: text and image embeddings, control images, the prior.
     embed = _text(config, prior, serves)
     model = ConditionedPrior(prior, embed, controlnet)
     channels, (height, width) = prior.config.in_channels, _latents(config, size)
@@ -67,6 +70,7 @@ def prior_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch
         shown = _empty(rows, *image) if controlnet is not None else None
         return model(_empty(rows, channels, height, width), _empty(rows), ["a"] * rows, pictures, shown)
 
+    # A preview: one sampling step with guidance, and the networks that show its result.
     def preview(rows: int) -> Tensor:
         hidden, pooled = embed(["a"] * 2 * rows)
         conditions = prior.encode_conditions(pooled, hidden, None)
@@ -85,6 +89,7 @@ def prior_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch
 
 def decoder_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch.dtype | None) -> StepShapes:
     """Stage B in training."""
+    # The decoder and the networks that serve it.
     decoder, vqgan = network_shape(config, "decoder"), network_shape(config, "vqgan")
     serves, encode = _encoders(config, size)
     serves["vqgan"] = vqgan
@@ -93,6 +98,7 @@ def decoder_step(config: Any, trainer: str, size: tuple[int, int], autocast: tor
     (height, width), settings = _latents(config, size), decoder.config
     latent = (settings.in_channels, size[0] // 4, size[1] // 4)
 
+    # A step, and a preview: one sampling step with guidance, and Stage A.
     def inputs(rows: int) -> dict[str, Tensor]:
         pooled = _empty(rows, 1, settings.clip_text_pooled_in_channels)
         return {"clip_text_pooled": pooled, "effnet": _empty(rows, settings.effnet_in_channels, height, width)}
