@@ -101,6 +101,7 @@ class SDCascadeAttention(nn.Module):
 
         Shapes: tokens (B, N, C), condition (B, L, C) or its keys and values (B, L, heads, C / heads) -> (B, N, C).
         """
+        # Queries of the image; keys and values of the image and of the condition, which may come ready.
         attended: Tensor | None = None
         if isinstance(condition, Tensor):
             query = self._split(self.to_q(tokens))
@@ -114,6 +115,7 @@ class SDCascadeAttention(nn.Module):
                 attended = None if attended is None else F.pad(attended, (tokens.shape[1], 0), value=True)
             else:
                 query = self._split(self.to_q(tokens))
+        # Attention per head, then the heads side by side again.
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
         mixed = attend(q, k, v, self.dropout if self.training else 0.0, attended)
         return saturate(self.to_out[0](mixed.transpose(1, 2).flatten(2)))

@@ -113,6 +113,7 @@ def read_weights(prompt: str) -> list[Piece]:
     """
     pieces: list[Piece] = []
     open_at: list[int] = []
+    # An opening bracket remembers the piece it begins at; a closing one multiplies all pieces since then.
     for match in _TOKEN.finditer(prompt):
         closes = match["bracket"] == ")" or match["weight"] is not None
         if match["bracket"] == "(":

@@ -127,6 +127,7 @@ class EfficientNetFeatures(nn.Sequential):
         stochastic_depth: float = 0.2,
     ) -> None:
         _check_stages(block_types, widths=widths, depths=depths, strides=strides, expansions=expansions)
+        # A convolution, stages of blocks whose first changes the size, a convolution to the head's width.
         layers: list[nn.Module] = [ConvNorm(in_channels, stem_width, 3, stem_stride, padding=stem_padding)]
         total, placed, before = sum(depths), 0, stem_width
         for kind, width, depth, stride, expansion in zip(

@@ -136,11 +136,13 @@ def per_level(config: dict[str, Any]) -> dict[str, Any]:
     """
     levels = len(config["block_out_channels"])
     config = dict(config)
+    # One value for all levels becomes a list.
     for key in ("dropout", "self_attn"):
         if isinstance(config[key], (bool, int, float)):
             config[key] = [config[key]] * levels
     for key in ("down_blocks_repeat_mappers", "up_blocks_repeat_mappers"):
         config[key] = [1] * levels if config[key] is None else config[key]
+    # Every list has an entry per level, and every block is known.
     for key in PER_LEVEL:
         if len(config[key]) != levels:
             raise ValueError(
@@ -232,13 +234,16 @@ def run_stack(model: Stack, x: Tensor, run: Run) -> Tensor:
     levels = len(model.down_blocks)
     outer = max(1, levels // 2)
     kept = None if run.cache is None else run.cache.first(len(x))
+    # Down: each level's image is the skip of its way up.
     skips: list[Tensor] = []
     for level in range(levels if kept is None else outer):
         x = _run_level(model, ("down", level), rescale(model.down_downscalers[level], x), None, run)
         skips.append(x)
+    # The deeper half, where a cache has it already.
     if kept is not None:
         x = kept
         _pass_over(model, outer, run.control)
+    # Up, leaving in the cache what the deeper half made.
     for level in range(0 if kept is None else levels - outer, levels):
         skip = skips[levels - 1 - level] if level > 0 else None
         x = rescale(model.up_upscalers[level], _run_level(model, ("up", level), x, skip, run))
@@ -279,6 +284,7 @@ def _run_level(model: Stack, where: tuple[str, int], x: Tensor, skip: Tensor | N
     depth = len(types[level if side == "down" else -1 - level])
     keyed = [(f"{side}.{level}.{index}", block) for index, block in enumerate(blocks)]
     checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
+    # The level runs once and again after each repeat mapper, a layer (a checkpoint's unit) at a time.
     for repeat in range(len(mappers) + 1):
         for start in range(0, len(keyed), depth):
             step = _layer(keyed[start : start + depth], skip if start == 0 else None, run)

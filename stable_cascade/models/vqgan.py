@@ -161,6 +161,7 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check(levels=levels, embed_dim=embed_dim, bottleneck_blocks=bottleneck_blocks, scale_factor=scale_factor)
+        # The outermost level first, as in the encoder; the decoder goes the other way.
         widths = [embed_dim // 2**level for level in reversed(range(levels))]
         patch = up_down_scale_factor
         self.gradient_checkpointing = False
@@ -349,6 +350,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if channels < 1:
             raise ValueError(f"discriminator channels are {channels}; must be at least 1")
+        # Three halvings, then two convolutions of the same size; the first layer has no norm.
         widths = [in_channels, channels, 2 * channels, 4 * channels]
         layers: list[nn.Module] = []
         for before, width in pairwise(widths):

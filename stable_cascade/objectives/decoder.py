@@ -49,6 +49,7 @@ def decoder_loss(
         effnet_noise: largest strength of the noise on the semantic latents, drawn per sample; it teaches Stage B to
             forgive what Stage C gets wrong.
     """
+    # Target and conditions: the semantic latents of a shrunk copy, noised and sometimes left out; the pooled text.
     with torch.no_grad():
         clean = encode_vq(pixels).float()
         small = shrink(pixels, step_seed, stride=stride, smallest=effnet_min_scale, interpolation=effnet_interpolation)
@@ -57,6 +58,7 @@ def decoder_loss(
         kept = to_device(~chosen(seeds, "effnet", effnet_dropout), effnet.device)
         effnet = effnet * kept[:, None, None, None]
         pooled = embed_text(drop_captions(captions, seeds, caption_dropout))
+    # The noise, and one prediction of it.
     noise = to_device(draw_noise(seeds, tuple(clean.shape[1:]), pyramid=pyramid), clean.device)
     log_snr = to_device(draw_log_snr(seeds, shift=shift), clean.device)
     return denoising_loss(
