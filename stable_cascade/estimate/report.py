@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from stable_cascade.data import make_buckets
 from stable_cascade.estimate.memory import optimizer_bytes, peak_bytes, tensor_bytes
 from stable_cascade.estimate.steps import StepShapes, decoder_step, network_shape, prior_step
-from stable_cascade.factory.networks import PRETRAINED, SCRATCH
-from stable_cascade.factory.quantization import quantizes
+from stable_cascade.factory.networks import PRETRAINED, SCRATCH, quantizes
 
 FRAMEWORK = 600 * 2**20
 """What a process takes beside its tensors: CUDA's context and kernels, workspaces of cuBLAS, gaps of the allocator."""

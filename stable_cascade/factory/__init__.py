@@ -1,38 +1,40 @@
 """From a config to objects: the only place that knows both. Trainers' `main`s and the commands call it.
 
-Nothing here trains or samples. The functions `…_on_meta` build without memory for weights: `plan.py` looks with
-them at everything that can go wrong, before the others load.
+Nothing here trains or samples. The functions `…_on_meta` build without memory for weights: a trainer's check looks
+with them at everything that can go wrong, before the others load.
 """
 
 from .adapters import add_config_lora, add_config_text_lora, learned_tokens, learning_rate, trainable_text
 from .cache import Cache, fill_cache
-from .clip import clip_source, image_embedder, text_encoder, text_encoder_on_meta
+from .clip import clip_source, frozen_text, image_embedder, text_encoder, text_encoder_on_meta
 from .control import control_filter, control_images, controlnet, controlnet_on_meta, export_controlnet
-from .data import batches, content, samples
+from .data import batches, content, samples, shown
 from .fingerprints import remembered
-from .inputs import Inputs, frozen_text, shown
+from .inputs import Inputs, prior_inputs
 from .launch import data_entry, launch
+from .losses import Weighting, loss_weight, prior_loss_fn
 from .networks import (
     NETWORKS,
     SCRATCH,
     cascade_folder,
+    checkpoint_gradients,
     frozen,
+    frozen_base,
     network,
     network_on_meta,
     on_demand,
     preview_networks,
+    quantization_entry,
     source,
     source_key,
 )
-from .prior import prior_inputs, prior_loss_fn
-from .quantization import frozen_base, quantization_entry
-from .weights import Weighting, loss_weight
 
 __all__ = [
     "NETWORKS", "SCRATCH", "Cache", "Inputs", "Weighting", "add_config_lora", "add_config_text_lora", "batches",
-    "cascade_folder", "clip_source", "content", "control_filter", "control_images", "controlnet",
-    "controlnet_on_meta", "data_entry", "export_controlnet", "fill_cache", "frozen", "frozen_base", "frozen_text",
-    "image_embedder", "launch", "learned_tokens", "learning_rate", "loss_weight", "network", "network_on_meta",
-    "on_demand", "preview_networks", "prior_inputs", "prior_loss_fn", "quantization_entry", "remembered",
-    "samples", "shown", "source", "source_key", "text_encoder", "text_encoder_on_meta", "trainable_text",
+    "cascade_folder", "checkpoint_gradients", "clip_source", "content", "control_filter", "control_images",
+    "controlnet", "controlnet_on_meta", "data_entry", "export_controlnet", "fill_cache", "frozen", "frozen_base",
+    "frozen_text", "image_embedder", "launch", "learned_tokens", "learning_rate", "loss_weight", "network",
+    "network_on_meta", "on_demand", "preview_networks", "prior_inputs", "prior_loss_fn", "quantization_entry",
+    "remembered", "samples", "shown", "source", "source_key", "text_encoder", "text_encoder_on_meta",
+    "trainable_text",
 ]  # fmt: skip

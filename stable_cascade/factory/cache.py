@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,11 @@ from torch import Tensor
 
 from stable_cascade.data import Batch, PlannedCrop, SampleIndex, SampleStream, crop_batches, planned_crops
 from stable_cascade.data.cache import StoreWriter, TensorStore, digest
-from stable_cascade.models.clip import TextEmbedder
-from stable_cascade.objectives.denoising import chosen
 from stable_cascade.training.processes import told
-from stable_cascade.transfer import to_device
 
-from .clip import image_encoder
-from .data import batches, loading_for
+from .clip import frozen_text, image_encoder
+from .data import loading_for, shown
 from .fingerprints import cache_folder, fingerprint, remember
-from .inputs import Inputs, frozen_text, shown
 from .networks import frozen, network_on_meta
 
 TEXTS_AT_ONCE, CROPS_AT_ONCE = 32, 16
@@ -55,38 +51,6 @@ class Cache:
             for part in ("hidden", "pooled")
         )
         return hidden, pooled
-
-
-def cached_inputs(
-    config: Any, accelerator: Any, index: SampleIndex | SampleStream, text: TextEmbedder | None = None
-) -> Inputs:
-    """As `prior_inputs`, from the cache, which is filled first where something is missing.
-
-    A ControlNet makes its control pictures from pixels, so there the batches keep them.
-    """
-    device = accelerator.device
-    cache = fill_cache(config, accelerator, index, texts=text is None)
-    stream = functools.partial(batches, config, index, accelerator, factor=cache.stride, known_broken=cache.broken)
-    pictures = stream()
-    needs_pixels = hasattr(config, "controlnet_filter")
-
-    def embed_image(batch: Batch) -> Tensor | None:
-        if "images" not in cache.stores:
-            return None
-        kept = chosen(batch.seeds, "image embedding", config.image_embedding_share)
-        return to_device(cache.crops("images", batch) * kept[:, None, None], device)
-
-    def embed_text(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        hidden, pooled = cache.embed_text(captions)
-        return to_device(hidden, device), to_device(pooled, device)
-
-    return Inputs(
-        batches=pictures if needs_pixels else _with_masks(cache, stream(decode=False)),
-        encode=lambda batch: to_device(cache.crops("latents", batch), device),
-        embed_image=embed_image,
-        text=text or embed_text,
-        pictures=pictures,
-    )
 
 
 def fill_cache(config: Any, accelerator: Any, index: SampleIndex | SampleStream, *, texts: bool = True) -> Cache:
@@ -247,13 +211,6 @@ def everyone(accelerator: Any, values: list[Any]) -> list[Any]:
 def _belongs(name: str, accelerator: Any) -> bool:
     """Whether this process computes it: a function of the name, since others may fill the same cache meanwhile."""
     return int(digest(name)[:8], 16) % accelerator.num_processes == accelerator.process_index
-
-
-def _with_masks(cache: Cache, stream: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
-    """The batches with their masks, at the latents' size, where the loss uses masks."""
-    if "masks" not in cache.stores:
-        return stream
-    return lambda start: (replace(batch, masks=cache.crops("masks", batch)) for batch in stream(start))
 
 
 def _read(store: TensorStore, name: str, about: Sequence[str]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stable_cascade.hub import ask
-from stable_cascade.models.clip import clip_pixels
+from stable_cascade.models.clip import TextEmbedder, clip_pixels
 from stable_cascade.models.pretrained import check_whole
 from stable_cascade.objectives.denoising import chosen
+from stable_cascade.objectives.prior import EmbedText
 from stable_cascade.transfer import to_device
 
 from .networks import cascade_folder, on_demand
@@ -78,6 +79,19 @@ def text_encoder_on_meta(config: Any) -> tuple[Any, Any]:
     settings = from_source(config, "text_encoder", CLIPTextConfig)
     with torch.device("meta"):
         return tokenizer, CLIPTextModelWithProjection(settings)
+
+
+def frozen_text(config: Any, device: torch.device) -> EmbedText:
+    """The config's text encoder as a function without gradients."""
+    tokenizer, encoder = text_encoder(config, dtype=getattr(torch, config.dtype))
+    embedder = TextEmbedder(on_demand(config, encoder, device), tokenizer)
+
+    @torch.no_grad()
+    def embed(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        hidden, pooled = embedder(captions, device)
+        return hidden, pooled
+
+    return embed
 
 
 def image_encoder(config: Any, device: torch.device) -> tuple[Callable[[Tensor], Tensor], int]:

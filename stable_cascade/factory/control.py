@@ -18,7 +18,7 @@ from stable_cascade.formats.json_files import read_config
 from stable_cascade.models.controlnet import StableCascadeControlNet
 from stable_cascade.wording import brief
 
-from .inputs import shown
+from .data import shown
 from .networks import frozen, network, network_on_meta
 
 RELEASED_WIDTH = 1536

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stable_cascade.data import Batch, SampleIndex, SampleStream, index_samples, training_batches, with_regularization
+from stable_cascade.data.images import in_unit_range
 from stable_cascade.training.processes import told
 
 
@@ -110,3 +112,14 @@ def check_agreement(index: SampleIndex | SampleStream, accelerator: Any) -> None
             "webdataset_path: the processes found different pictures, so a shard failed in some of them only; start "
             "again when all can read it"
         )
+
+
+def shown(batch: Batch, device: torch.device) -> Tensor:
+    """The batch's pixels on the device.
+
+    They travel as stored, bytes mostly, while the host goes on, and become floats there.
+
+    Shapes: -> (B, 3, H, W) float32 in [0, 1].
+    """
+    assert batch.pixels is not None
+    return in_unit_range(batch.pixels.to(device, non_blocking=True))

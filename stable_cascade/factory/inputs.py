@@ -1,21 +1,24 @@
-"""What Stage C's trainings are fed with, whoever makes it."""
+"""What Stage C's trainings are fed with: latents and embeddings, computed when needed or read from the cache."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from stable_cascade.data import Batch
-from stable_cascade.data.images import in_unit_range
+from stable_cascade.data import Batch, SampleIndex, SampleStream
 from stable_cascade.models.clip import TextEmbedder
+from stable_cascade.objectives.denoising import chosen
 from stable_cascade.objectives.prior import EmbedText
+from stable_cascade.transfer import to_device
 
-from .clip import text_encoder
-from .networks import on_demand
+from .cache import Cache, fill_cache
+from .clip import frozen_text, image_embedder
+from .data import batches, shown
+from .networks import frozen
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,59 @@ class Inputs:
     pictures: Callable[[int], Iterator[Batch]]
 
 
-def shown(batch: Batch, device: torch.device) -> Tensor:
-    """The batch's pixels on the device.
+def prior_inputs(
+    config: Any, accelerator: Any, index: SampleIndex | SampleStream, text: TextEmbedder | None = None
+) -> Inputs:
+    """The inputs as the config says; `text` is a text encoder that trains, absent: the config's own, frozen."""
+    if config.cache:
+        return _cached_inputs(config, accelerator, index, text)
+    device = accelerator.device
+    encoder = frozen(config, "semantic_encoder", device)
+    embed = image_embedder(config, device)
+    stream = batches(config, index, accelerator, factor=encoder.stride)
+    return Inputs(
+        batches=stream,
+        encode=lambda batch: encoder(shown(batch, device)).float(),
+        embed_image=lambda batch: embed(shown(batch, device), batch.seeds),
+        text=text or frozen_text(config, device),
+        pictures=stream,
+    )
 
-    They travel as stored, bytes mostly, while the host goes on, and become floats there.
 
-    Shapes: -> (B, 3, H, W) float32 in [0, 1].
+def _cached_inputs(
+    config: Any, accelerator: Any, index: SampleIndex | SampleStream, text: TextEmbedder | None = None
+) -> Inputs:
+    """As `prior_inputs`, from the cache, which is filled first where something is missing.
+
+    A ControlNet makes its control pictures from pixels, so there the batches keep them.
     """
-    assert batch.pixels is not None
-    return in_unit_range(batch.pixels.to(device, non_blocking=True))
+    device = accelerator.device
+    cache = fill_cache(config, accelerator, index, texts=text is None)
+    stream = functools.partial(batches, config, index, accelerator, factor=cache.stride, known_broken=cache.broken)
+    pictures = stream()
+    needs_pixels = hasattr(config, "controlnet_filter")
+
+    def embed_image(batch: Batch) -> Tensor | None:
+        if "images" not in cache.stores:
+            return None
+        kept = chosen(batch.seeds, "image embedding", config.image_embedding_share)
+        return to_device(cache.crops("images", batch) * kept[:, None, None], device)
+
+    def embed_text(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        hidden, pooled = cache.embed_text(captions)
+        return to_device(hidden, device), to_device(pooled, device)
+
+    return Inputs(
+        batches=pictures if needs_pixels else _with_masks(cache, stream(decode=False)),
+        encode=lambda batch: to_device(cache.crops("latents", batch), device),
+        embed_image=embed_image,
+        text=text or embed_text,
+        pictures=pictures,
+    )
 
 
-def frozen_text(config: Any, device: torch.device) -> EmbedText:
-    """The config's text encoder as a function without gradients."""
-    tokenizer, encoder = text_encoder(config, dtype=getattr(torch, config.dtype))
-    embedder = TextEmbedder(on_demand(config, encoder, device), tokenizer)
-
-    @torch.no_grad()
-    def embed(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        hidden, pooled = embedder(captions, device)
-        return hidden, pooled
-
-    return embed
+def _with_masks(cache: Cache, stream: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
+    """The batches with their masks, at the latents' size, where the loss uses masks."""
+    if "masks" not in cache.stores:
+        return stream
+    return lambda start: (replace(batch, masks=cache.crops("masks", batch)) for batch in stream(start))

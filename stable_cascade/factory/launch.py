@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from stable_cascade.adapters import tokens_of
 from stable_cascade.data import SampleIndex, SampleStream
 from stable_cascade.training.processes import shared
 from stable_cascade.training.run_folder import check_run_folders
 from stable_cascade.training.tracking import check_launch, make_accelerator
+from stable_cascade.wording import quoted
 
-from .captions import caption_facts
+from .adapters import learned_tokens
+from .clip import text_encoder_on_meta
+
+LOOKED_AT, LOOKED_AT_REMOTELY = 10_000, 256
+"""Captions that are read before a training; from a remote shard each is a request of its own."""
 
 
 def launch(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idle: bool = False) -> Any:
@@ -54,3 +62,62 @@ def data_entry(config: Any, index: SampleIndex | SampleStream) -> str:
     if isinstance(index, SampleStream):
         return "a stream, read in its order"
     return "\n                ".join([str(index.report), *caption_facts(config, index)])
+
+
+def caption_facts(config: Any, index: SampleIndex | SampleStream) -> list[str]:
+    """Lines for the plan: in how many captions each learned token is, and how many are longer than the encoder reads.
+
+    Of large sets a part is looked at, evenly spread; a stream is not read ahead of the training.
+
+    Raises:
+        ValueError: no caption contains one of the tokens, so that it could not learn.
+    """
+    if not isinstance(index, SampleIndex) or not hasattr(config, "clip_text_model_name"):
+        return []
+    tokenizer, encoder = text_encoder_on_meta(config)
+    entries = getattr(config, "train_tokens", None) or []
+    if entries:
+        learned_tokens(config, tokenizer, encoder)
+    subjects = len(index) if index.regularization is None else index.regularization.first
+    captions, whole = _captions(index, subjects)
+    ids = tokenizer(captions, truncation=False, padding=False)["input_ids"] if captions else []
+    among = f"{len(captions):,} captions" + ("" if whole else f" looked at, of {subjects:,}")
+    lines = [_share(tokenizer, entry, ids, among, whole) for entry in entries]
+    longest = tokenizer.model_max_length
+    cut = sum(len(one) > longest for one in ids)
+    if cut:
+        lines.append(f"{cut:,} of {among} are cut: the text encoder reads {longest - 2} tokens, the longest has "
+                     f"{max(map(len, ids)) - 2}")  # fmt: skip
+    return lines
+
+
+def _share(tokenizer: Any, entry: Any, ids: list[list[int]], among: str, whole: bool) -> str:
+    """In how many captions one entry of `train_tokens` is.
+
+    Raises:
+        ValueError: in none, and all were looked at.
+    """
+    names = tokens_of(tokenizer, entry)
+    wanted = set(tokenizer.convert_tokens_to_ids(names))
+    count = sum(not wanted.isdisjoint(one) for one in ids)
+    name = names[0] if len(names) == 1 else quoted(entry[0])
+    line = f"{name} is in {count:,} of {among}"
+    if whole and not count:
+        raise ValueError(
+            f"train_tokens: {line}, so it would not learn; write it into the captions as it stands in train_tokens"
+        )
+    return line
+
+
+def _captions(index: SampleIndex, subjects: int) -> tuple[list[str], bool]:
+    """Captions of the first `subjects` samples, and whether they are all; unreadable ones count as ''."""
+    remote = any("://" in place for place in getattr(index.source, "locations", ()))
+    limit = LOOKED_AT_REMOTELY if remote else LOOKED_AT
+    numbers = np.unique(np.linspace(0, subjects - 1, min(limit, subjects)).round().astype(int))
+    captions = []
+    for number in numbers.tolist():
+        try:
+            captions.append(index.caption(number))
+        except (ValueError, OSError):
+            captions.append("")
+    return captions, len(numbers) == subjects

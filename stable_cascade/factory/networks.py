@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from stable_cascade import models
+from stable_cascade.adapters.quantized import check_format, quantize, quantized_bytes
 from stable_cascade.formats.json_files import read_config
 from stable_cascade.hub import HubError, NotAskedError, ask
+from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.loading import single_file_config
 from stable_cascade.models.presets import PRESETS
 
@@ -160,3 +162,45 @@ def on_demand(config: Any, module: nn.Module, device: torch.device) -> Any:
     from accelerate import cpu_offload
 
     return cpu_offload(module, device)
+
+
+def checkpoint_gradients(config: Any, *networks: Any) -> None:
+    """Let networks that train recompute activations in the backward pass, where the config asks for it."""
+    if config.gradient_checkpointing:
+        for one in networks:
+            one.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
+
+
+def frozen_base(config: Any, device: torch.device) -> Any:
+    """The prior without gradients on the device; with `quantization` its large linear layers in few bits.
+
+    The weights are read into main memory once, in `dtype`. Each layer goes to the device, is quantised there and
+    replaces the original, so that neither memory ever holds the network twice, and the device never holds it whole.
+
+    Raises:
+        ValueError: the format's package is missing.
+    """
+    if quantizes(config):
+        check_format(config.quantization)
+    prior = network(config, "prior", dtype=getattr(torch, config.dtype)).requires_grad_(False)
+    if quantizes(config):
+        quantize(prior, config.quantization, device)
+    return prior.to(device)
+
+
+def quantizes(config: Any) -> bool:
+    """Whether the config asks for a quantised base."""
+    return getattr(config, "quantization", "none") != "none"
+
+
+def quantization_entry(config: Any, prior: torch.nn.Module) -> str:
+    """What of the prior (the meta device will do) is stored how, in words; empty without quantisation.
+
+    Raises:
+        ValueError: the format's package is missing.
+    """
+    if not quantizes(config):
+        return ""
+    check_format(config.quantization)
+    weights, size = quantized_bytes(prior, config.quantization)
+    return f"{weights:>13,} weights of the frozen prior as {config.quantization}, {size / 2**20:,.1f} MiB"

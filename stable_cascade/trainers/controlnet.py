@@ -9,7 +9,6 @@ import torch
 
 from stable_cascade import factory
 from stable_cascade.config import ControlNetConfig, load_config, run_main
-from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import prior_previews
@@ -37,9 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     prior = factory.network(config, "prior", dtype=dtype).requires_grad_(False).to(device)
     control = factory.control_images(control_filter, device)
     controlnet = factory.controlnet(config, prior, control_filter).to(device)
-    if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
-        controlnet.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
+    factory.checkpoint_gradients(config, prior, controlnet)
     model = ConditionedPrior(prior, inputs.text, controlnet)
     weighting = factory.loss_weight(config)
 

@@ -8,7 +8,6 @@ from typing import Any
 from stable_cascade import factory
 from stable_cascade.config import DecoderConfig, load_config, run_main
 from stable_cascade.data import Batch
-from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.objectives.decoder import decoder_loss
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import decoder_previews
@@ -34,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     vqgan = factory.frozen(config, "vqgan", device)
     embed_text = factory.frozen_text(config, device)
     decoder = factory.network(config, "decoder")
-    if config.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
+    factory.checkpoint_gradients(config, decoder)
     weighting = factory.loss_weight(config)
     batches = factory.batches(config, index, accelerator, factor=encoder.stride)
 

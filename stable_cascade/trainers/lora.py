@@ -8,7 +8,6 @@ from typing import Any
 from stable_cascade import factory
 from stable_cascade.adapters import save_lora
 from stable_cascade.config import LoraConfig, load_config, run_main
-from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import prior_previews
@@ -36,8 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = factory.prior_inputs(config, accelerator, index, text and text.to(device))
     prior = factory.frozen_base(config, device)
     factory.add_config_lora(config, prior)
-    if config.gradient_checkpointing:
-        prior.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
+    factory.checkpoint_gradients(config, prior)
     model = ConditionedPrior(prior, inputs.text)
     weighting = factory.loss_weight(config)
 

@@ -11,7 +11,6 @@ import torch
 
 from stable_cascade import factory
 from stable_cascade.config import VQGANConfig, load_config, run_main
-from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.vqgan import PatchDiscriminator
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.objectives.vqgan import AdversarialAutoencoder, latent_scale, prepare_new, vqgan_loss
@@ -45,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     first = first_images(config, index, vqgan.stride).to(device)
     if new:
         prepare_new(vqgan, first, seed=config.seed)
-    if config.gradient_checkpointing:
-        vqgan.enable_gradient_checkpointing(chosen_checkpoint(config.gradient_checkpointing))
+    factory.checkpoint_gradients(config, vqgan)
     model = AdversarialAutoencoder(vqgan, make_discriminator(config), quantize=config.quantize_share > 0)
     revival = None
     if model.quantize and config.revive_every:

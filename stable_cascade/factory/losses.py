@@ -1,43 +1,43 @@
-"""The inputs of Stage C's trainings, live or from the cache, and their loss."""
+"""What a step of a training adds up: the weight of noise levels, and the loss of Stage C's trainings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_cascade.data import Batch, SampleIndex, SampleStream
-from stable_cascade.models.clip import TextEmbedder
+from stable_cascade.data import Batch
+from stable_cascade.diffusion import weighting
 from stable_cascade.objectives.prior import prior_loss
 from stable_cascade.transfer import to_device
 
-from .cache import cached_inputs
-from .clip import image_embedder
-from .data import batches
-from .inputs import Inputs, frozen_text, shown
-from .networks import frozen
+from .inputs import Inputs
 
 
-def prior_inputs(
-    config: Any, accelerator: Any, index: SampleIndex | SampleStream, text: TextEmbedder | None = None
-) -> Inputs:
-    """The inputs as the config says; `text` is a text encoder that trains, absent: the config's own, frozen."""
-    if config.cache:
-        return cached_inputs(config, accelerator, index, text)
-    device = accelerator.device
-    encoder = frozen(config, "semantic_encoder", device)
-    embed = image_embedder(config, device)
-    stream = batches(config, index, accelerator, factor=encoder.stride)
-    return Inputs(
-        batches=stream,
-        encode=lambda batch: encoder(shown(batch, device)).float(),
-        embed_image=lambda batch: embed(shown(batch, device), batch.seeds),
-        text=text or frozen_text(config, device),
-        pictures=stream,
-    )
+@dataclass(frozen=True)
+class Weighting:
+    """The loss weight of a config and what the loop needs to keep it up to date."""
+
+    weight: Callable[[Tensor], Tensor]
+    stateful: dict[str, Any]
+    after_step: Callable[[Tensor, Tensor], None] | None
+
+
+def loss_weight(config: Any) -> Weighting:
+    """The loss weight by noise level: P2 as published, adaptive, min-SNR or none."""
+    if config.loss_weight == "adaptive":
+        adaptive = weighting.AdaptiveLossWeight()
+        return Weighting(adaptive, {"adaptive_loss_weight": adaptive}, adaptive.update)
+    choices: dict[str, Callable[[Tensor], Tensor]] = {
+        "p2": weighting.p2_weight,
+        "min_snr": lambda log_snr: weighting.min_snr_weight(log_snr, config.min_snr_gamma, config.prediction_type),
+        "constant": torch.ones_like,
+    }
+    return Weighting(choices[config.loss_weight], {}, None)
 
 
 def prior_loss_fn(
