@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import stable_cascade
+from stable_cascade.lazy import type_checking_imports
 
+HOMES = type_checking_imports(Path(stable_cascade.__file__).read_text())
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "stable_cascade"
 
@@ -16,6 +18,7 @@ LAYERS = {
     "compilation": -1,
     "disk": -1,
     "hub": -1,
+    "lazy": -1,
     "redaction": -1,
     "transfer": -1,
     "wording": -1,
@@ -93,8 +96,8 @@ def imported_unit(name: str) -> str | None:
         return parts[0]
     if parts[0] != PACKAGE or len(parts) == 1:
         return None
-    if parts[1] in stable_cascade._EXPORTS:  # from stable_cascade import StableCascadePrior
-        return stable_cascade._EXPORTS[parts[1]].split(".")[1]
+    if HOMES.get(parts[1]):  # from stable_cascade import StableCascadePrior
+        return HOMES[parts[1]].removeprefix(".")
     return None if parts[1].startswith("__") else parts[1]
 
 

@@ -6,8 +6,9 @@ control images (B, channels, h, w). With one generator per sample it draws (trai
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .auxiliary import ControlNetAuxFilter
@@ -19,25 +20,6 @@ if TYPE_CHECKING:
     from .qr import QRFilter
     from .registry import ControlFilter, check_filter, filter_names, make_filter
     from .super_resolution import SREffnetFilter, SRPixelFilter
-
-_PLACES = {
-    "CannyFilter": "edges",
-    "CascadeFaceEmbedder": "faces",
-    "ControlFilter": "registry",
-    "ControlNetAuxFilter": "auxiliary",
-    "FaceEmbedder": "faces",
-    "IdentityFilter": "identity",
-    "InpaintFilter": "inpainting",
-    "InsightFaceEmbedder": "faces",
-    "QRFilter": "qr",
-    "SREffnetFilter": "super_resolution",
-    "SRPixelFilter": "super_resolution",
-    "SoftEdgeFilter": "edges",
-    "check_filter": "registry",
-    "control_picture": "pictures",
-    "filter_names": "registry",
-    "make_filter": "registry",
-}
 
 __all__ = [
     "CannyFilter",
@@ -58,8 +40,4 @@ __all__ = [
     "make_filter",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+__getattr__, __dir__ = lazy_exports(globals())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .batches import Batch, training_batches
@@ -14,21 +15,6 @@ if TYPE_CHECKING:
     from .regularization import with_regularization
     from .samples import SampleIndex
     from .stream import SampleStream
-
-_PLACES = {
-    "Batch": "batches",
-    "Buckets": "buckets",
-    "PlannedCrop": "planned",
-    "SampleIndex": "samples",
-    "SampleStream": "stream",
-    "crop_batches": "planned",
-    "index_samples": "index",
-    "make_buckets": "buckets",
-    "planned_crops": "planned",
-    "prepare_shards": "prepare",
-    "training_batches": "batches",
-    "with_regularization": "regularization",
-}
 
 __all__ = [
     "Batch",
@@ -45,8 +31,4 @@ __all__ = [
     "with_regularization",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+__getattr__, __dir__ = lazy_exports(globals())

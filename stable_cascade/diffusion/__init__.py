@@ -1,67 +1,74 @@
 """Diffusion in log_snr: schedules, the noising process, loss weights, noise and guidance, as pure functions."""
 
-from stable_cascade.diffusion.guidance import guide
-from stable_cascade.diffusion.noise import (
-    combine_pyramid,
-    gaussian_noise,
-    pyramid_noise,
-    pyramid_sizes,
-    sample_generators,
-    training_times,
-)
-from stable_cascade.diffusion.process import (
-    PREDICTION_TYPES,
-    SCALERS,
-    add_noise,
-    expand,
-    scales,
-    stretch_limits,
-    target,
-    to_clean,
-    to_noise,
-)
-from stable_cascade.diffusion.schedule import (
-    cosine_log_snr,
-    cosine_t,
-    discrete_condition,
-    discrete_times,
-    edm_condition,
-    edm_log_snr,
-    edm_t,
-    edm_training_log_snr,
-    interpolated_log_snr,
-    linear_log_snr,
-    linear_t,
-    rectified_flow_condition,
-    rectified_flow_log_snr,
-    rectified_flow_t,
-    shift_log_snr,
-    sigma_condition,
-    sigmoid_condition,
-    sqrt_log_snr,
-    stable_diffusion_log_snr,
-    stable_diffusion_t,
-    tangent_log_snr,
-    tangent_t,
-    warp_times,
-)
-from stable_cascade.diffusion.weighting import (
-    AdaptiveLossWeight,
-    AdaptiveSchedule,
-    bucket_average,
-    clipped_snr_plus_one_weight,
-    clipped_snr_weight,
-    constant_weight,
-    debiased_weight,
-    min_snr_weight,
-    p2_weight,
-    prediction_factor,
-    sech_weight,
-    sigmoid_weight,
-    snr_plus_one_weight,
-    snr_weight,
-    truncated_snr_weight,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stable_cascade.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .guidance import guide
+    from .noise import (
+        combine_pyramid,
+        gaussian_noise,
+        pyramid_noise,
+        pyramid_sizes,
+        sample_generators,
+        training_times,
+    )
+    from .process import (
+        PREDICTION_TYPES,
+        SCALERS,
+        add_noise,
+        expand,
+        scales,
+        stretch_limits,
+        target,
+        to_clean,
+        to_noise,
+    )
+    from .schedule import (
+        cosine_log_snr,
+        cosine_t,
+        discrete_condition,
+        discrete_times,
+        edm_condition,
+        edm_log_snr,
+        edm_t,
+        edm_training_log_snr,
+        interpolated_log_snr,
+        linear_log_snr,
+        linear_t,
+        rectified_flow_condition,
+        rectified_flow_log_snr,
+        rectified_flow_t,
+        shift_log_snr,
+        sigma_condition,
+        sigmoid_condition,
+        sqrt_log_snr,
+        stable_diffusion_log_snr,
+        stable_diffusion_t,
+        tangent_log_snr,
+        tangent_t,
+        warp_times,
+    )
+    from .weighting import (
+        AdaptiveLossWeight,
+        AdaptiveSchedule,
+        bucket_average,
+        clipped_snr_plus_one_weight,
+        clipped_snr_weight,
+        constant_weight,
+        debiased_weight,
+        min_snr_weight,
+        p2_weight,
+        prediction_factor,
+        sech_weight,
+        sigmoid_weight,
+        snr_plus_one_weight,
+        snr_weight,
+        truncated_snr_weight,
+    )
 
 __all__ = [
     "PREDICTION_TYPES",
@@ -119,3 +126,5 @@ __all__ = [
     "truncated_snr_weight",
     "warp_times",
 ]
+
+__getattr__, __dir__ = lazy_exports(globals())

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "train": "loop",
-    "TrainResult": "run",
-    "NonFiniteError": "loop",
-    "MovingAverage": "ema",
-    "averaged": "ema",
-    "build_optimizer": "optimizers",
-    "learning_rate_share": "optimizers",
-    "make_accelerator": "tracking",
-    "check_launch": "tracking",
-    "picture_folder": "tracking",
-    "run_folder": "run_folder",
-    "preview_sheet": "sheets",
-    "seeded": "randomness",
-}
+from stable_cascade.lazy import lazy_exports
 
-__all__ = sorted(_HOMES)
+if TYPE_CHECKING:
+    from .ema import MovingAverage, averaged
+    from .loop import NonFiniteError, train
+    from .optimizers import build_optimizer, learning_rate_share
+    from .randomness import seeded
+    from .run import TrainResult
+    from .run_folder import run_folder
+    from .sheets import preview_sheet
+    from .tracking import check_launch, make_accelerator, picture_folder
 
+__all__ = [
+    "MovingAverage",
+    "NonFiniteError",
+    "TrainResult",
+    "averaged",
+    "build_optimizer",
+    "check_launch",
+    "learning_rate_share",
+    "make_accelerator",
+    "picture_folder",
+    "preview_sheet",
+    "run_folder",
+    "seeded",
+    "train",
+]
 
-def __getattr__(name: str) -> Any:
-    """Import a name's module when it is first asked for, so that `import stable_cascade` stays cheap."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_exports(globals())
