@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .optimizers import build_optimizer, learning_rate_share
     from .randomness import seeded
     from .run import TrainResult
-    from .run_folder import run_folder
     from .sheets import preview_sheet
     from .tracking import check_launch, make_accelerator, picture_folder
 
@@ -27,7 +26,6 @@ __all__ = [
     "make_accelerator",
     "picture_folder",
     "preview_sheet",
-    "run_folder",
     "seeded",
     "train",
 ]
