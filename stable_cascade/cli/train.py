@@ -47,7 +47,7 @@ def _launch_options() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    # Check everything here, so that a mistake is told before any process starts. `--help` ends here too.
+    # Check everything here, so that a mistake is reported before any process starts. `--help` ends here too.
     from stable_cascade.trainers.launch import launch_command
 
     options, keys = _launch_options().parse_known_args(arguments.overrides, arguments)
@@ -67,7 +67,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, trainers: Sequence[str
     """Adds CONFIG, `--trainer`, and whatever `--key value` overrides follow."""
     parser.add_argument("config", metavar="CONFIG", help="a trainer's YAML file")
     parser.add_argument(
-        "--trainer", type=trainer_name, choices=trainers, help="whose config it is; absent: told by its keys"
+        "--trainer", type=trainer_name, choices=trainers, help="whose config it is; default: recognised by its keys"
     )
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys to change")
 

@@ -137,10 +137,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    # A missing file: name the nearest one beside it.
     if not Path(path).is_file():
         folder = Path(path).parent
         hint = _nearest(Path(path).name, [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else [])
         raise ConfigError(f"--config {path}: no such file{hint}")
+    # Read it within the limits on size and references, and resolve the references.
     try:
         text = read_text(path, at_most=LARGEST_CONFIG, what="config")
         _check_extent(text)
@@ -164,6 +166,7 @@ def _check_references(values: Any) -> None:
     """
     lengths: dict[str, int] = {}
 
+    # The length of what a value means: references count as what they refer to, each computed once.
     def length(value: Any, depth: int) -> int:
         if depth > DEEPEST:
             raise ValueError(f"its parts or references are nested more than {DEEPEST} deep")
@@ -173,6 +176,7 @@ def _check_references(values: Any) -> None:
             return sum(length(one, depth + 1) for one in value)
         if not isinstance(value, str):
             return 1
+        # A text: check what it asks for, and add the lengths of those.
         total = len(value)
         for reference in _REFERENCE.findall(value):
             check_resolver(reference)
@@ -223,6 +227,7 @@ def _check_extent(text: str) -> None:
 
     sizes: dict[int, int] = {}
 
+    # Number of values below a node; an alias counts each time, and a node that is being counted contains itself.
     def size(node: Any) -> int:
         if id(node) in sizes and not sizes[id(node)]:
             raise ValueError("a part of it contains itself")
@@ -248,6 +253,7 @@ def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[str | None, di
     overrides: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
+        # A word without dashes is the config file.
         word = rest.pop(0)
         if not word.startswith("--"):
             if path is not None:
@@ -256,6 +262,7 @@ def split_arguments(cls: type, arguments: Sequence[str]) -> tuple[str | None, di
                 )
             path = word
             continue
+        # A key takes `=value` or the next word; a switch needs none.
         key, equals, value = word[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value, equals = rest.pop(0), "="

@@ -101,7 +101,7 @@ def _sources_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "dataset_name" not in values:
         return
     if values["webdataset_path"] and values["dataset_name"]:
-        yield "dataset_name", "stands beside webdataset_path; set one of the two"
+        yield "dataset_name", "is set beside webdataset_path; set one of the two"
     if not values["webdataset_path"] and not values["dataset_name"]:
         yield "webdataset_path", "or dataset_name must be set: there are no images"
     if "pretrained_model_name_or_path" in values and not (

@@ -22,7 +22,7 @@ class RunSettings:
     checkpoint_path: str = setting(REQUIRED, path=True, resume="free", card=False)
     """Folder for run checkpoints and trained weights; the run's own are in `checkpoint_path/experiment_id`."""
     output_path: str = setting(REQUIRED, path=True, resume="free", card=False)
-    """Folder for preview pictures and logs; the run's own are in `output_path/experiment_id`."""
+    """Folder for preview images and logs; the run's own are in `output_path/experiment_id`."""
     updates: int = setting(REQUIRED, at_least=1)
     """Number of training steps (optimizer updates); a resumed run may change it if `lr_scheduler` allows."""
     seed: int = setting(0, at_most=2**63 - 1)
@@ -30,7 +30,7 @@ class RunSettings:
     resume: str = setting("latest", path=True, resume="free", card=False)
     """`latest` continues from the newest checkpoint, `latest_intact` from the newest undamaged; `never`; or a path."""
     resume_with_other_data: bool = setting(False, resume="free")
-    """Whether a run may go on with other data than it began with; False refuses them and tells what differs."""
+    """Resume a run although its data differ from those it began with; False refuses and says what differs."""
     save_every: int = setting(1000, at_least=1, resume="free", card=False)
     """Steps between run checkpoints; each comes with an export of the model and a preview sheet."""
     backup_every: int | None = setting(None, at_least=1, resume="free", card=False)
@@ -64,7 +64,7 @@ class OptimizerSettings:
     lr: float = setting(1e-4, at_least=0)
     """Learning rate after the warm-up."""
     batch_size: int = setting(REQUIRED, at_least=1, at_most=65_536)
-    """Pictures per step over all processes and accumulation steps together."""
+    """Images per step over all processes and accumulation steps together."""
     grad_accum_steps: int = setting(1, at_least=1, at_most=65_536)
     """Micro-batches whose gradients make one step; more of them need less memory."""
     warmup_updates: int = setting(1, at_least=0)
@@ -112,7 +112,7 @@ class ModelSettings:
     generator_checkpoint_path: str | None = setting(None, path=True)
     """File or folder of the network that trains or that the adapters are put on; `scratch`: newly initialised."""
     effnet_checkpoint_path: str | None = setting(None, path=True)
-    """File or folder of the image encoder."""
+    """File or folder of the semantic encoder (EfficientNet)."""
     previewer_checkpoint_path: str | None = setting(None, path=True)
     """File or folder of the previewer."""
     stage_a_checkpoint_path: str | None = setting(None, path=True)
@@ -130,7 +130,7 @@ class PriorSettings(ModelSettings):
     model_version: Literal["3.6B", "1B", "embedded"] | None = None
     """Size of the prior; absent: that of `pretrained_model_name_or_path`."""
     stage_b_checkpoint_path: str | None = setting(None, path=True, resume="free")
-    """File or folder of Stage B, or `pretrained`: previews show whole pictures; absent: the previewer's rough ones."""
+    """File or folder of Stage B, or `pretrained`: previews show whole images; absent: the previewer's rough ones."""
 
 
 @dataclass
@@ -143,14 +143,14 @@ class DecoderModelSettings(ModelSettings):
 
 @dataclass
 class DataSettings:
-    """The pictures and captions."""
+    """The images and captions."""
 
     webdataset_path: str | list[str] | None = setting(None, path=True, resume="same data")
     """Shards: local paths, folders, `file:`, `s3://` and `http(s)://` addresses, brace lists; one or a list."""
     dataset_name: str | None = setting(None, path=True)
     """Hugging Face dataset, or a local folder that `datasets` reads, instead of shards."""
     image_column: str = "image"
-    """Column of `dataset_name` with the pictures."""
+    """Column of `dataset_name` with the images."""
     caption_column: str = "text"
     """Column of `dataset_name` with the captions."""
     streaming: bool = False
@@ -160,28 +160,28 @@ class DataSettings:
     dataset_filters: list[list[str]] | None = setting(None, check=rules.sample_filters)
     """Samples to keep: a list of `[json key, 'lambda x: condition']`, all of which must hold."""
     image_size: int = setting(REQUIRED, at_least=8, at_most=16_384)
-    """Side of the square training picture in pixels; with `multi_aspect_ratio` its square is the area."""
+    """Side of the square training image in pixels; with `multi_aspect_ratio` its square is the area."""
     multi_aspect_ratio: list[str] | None = setting(None, check=rules.aspect_ratios)
-    """Aspect ratios of the training pictures as `'3/4'`; a ratio also stands for its inverse."""
+    """Aspect ratios of the training images as `'3/4'`; each counts for its inverse too."""
     bucketeer_random_ratio: float = setting(0.05, at_least=0, at_most=1)
-    """Share of batches whose aspect ratio is drawn without regard to the picture."""
+    """Share of batches whose aspect ratio is drawn without regard to the image."""
     crop: Literal["center", "random", "smart"] | None = None
-    """How a picture is cut to size; absent: `random` with `multi_aspect_ratio`, else `smart`."""
+    """How an image is cut to size; absent: `random` with `multi_aspect_ratio`, else `smart`."""
     num_workers: int = setting(0, at_least=0, at_most=512, resume="free", card=False)
-    """Processes that decode pictures beside each training process; the samples do not depend on it."""
+    """Processes that decode images beside each training process; the samples do not depend on it."""
     max_broken_share: float = setting(0.1, at_least=0, at_most=1, resume="free")
     """Share of unreadable samples above which training stops with an error."""
     allow_missing_captions: bool = False
-    """Give a picture without a caption the empty one, instead of stopping."""
+    """Give an image without a caption the empty one, instead of stopping."""
     crops_per_image: int | None = setting(None, at_least=1, at_most=65_536)
-    """Number of different crops of a picture in one bucket; absent: a fresh one each time it is shown."""
+    """Number of different crops of an image in one bucket; absent: a fresh one each time it is shown."""
     cache_dir: str | None = setting(None, path=True, resume="free", card=False)
     """Folder that keeps the index of the shards between runs; absent: none is kept."""
 
 
 @dataclass
 class PriorDataSettings(DataSettings):
-    """The pictures and captions of Stage C's trainings: parts of them that count less, latents computed once."""
+    """The images and captions of Stage C's trainings: parts of them that count less, latents computed once."""
 
     masked_loss: bool = False
     """Weigh the loss by each sample's mask: the member `KEY.mask.png`, or `mask_column`; white counts fully."""
@@ -190,7 +190,7 @@ class PriorDataSettings(DataSettings):
     unmasked_weight: float = setting(0.1, at_least=0, at_most=1)
     """Weight of what a mask leaves black."""
     cache: bool = False
-    """Compute latents and text embeddings once and train from files; crops then default to one per picture."""
+    """Compute latents and text embeddings once and train from files; crops then default to one per image."""
 
 
 @dataclass
@@ -208,7 +208,7 @@ class ObjectiveSettings:
     min_snr_gamma: float = setting(5.0, at_least=0)
     """Signal-to-noise ratio at which `loss_weight: min_snr` is cut."""
     shift: float = setting(1.0, above=0)
-    """Shift of the training noise towards more noise, for large pictures: logSNR - 2 ln shift."""
+    """Shift of the training noise towards more noise, for large images: logSNR - 2 ln shift."""
     caption_dropout: float = setting(0.05, at_least=0, at_most=1)
     """Share of samples trained with an empty caption, which guidance needs."""
 
@@ -218,7 +218,7 @@ class PriorObjectiveSettings(ObjectiveSettings):
     """What a step of Stage C computes."""
 
     offset_noise: float = setting(0.0, at_least=0)
-    """Strength of noise that is constant over a channel, for very dark and very bright pictures."""
+    """Strength of noise that is constant over a channel, for very dark and very bright images."""
     image_embedding_share: float = setting(0.1, at_least=0, at_most=1)
     """Share of samples that are shown their own CLIP image embedding; the others get zeros."""
 
@@ -230,9 +230,9 @@ class DecoderObjectiveSettings(ObjectiveSettings):
     effnet_dropout: float = setting(0.1, at_least=0, at_most=1)
     """Share of samples trained without semantic latents, which guidance needs."""
     effnet_min_scale: float = setting(0.5, above=0, at_most=1)
-    """Smallest size, relative to the picture, at which the image encoder sees it; drawn per step."""
+    """Smallest size, relative to the image, at which the semantic encoder sees it; drawn per step."""
     effnet_interpolation: Literal["nearest", "bilinear"] = "nearest"
-    """How that picture is shrunk: `nearest` as published, `bilinear` (antialiased) as at inference."""
+    """How that image is shrunk: `nearest` as published, `bilinear` (antialiased) as at inference."""
     effnet_noise: float = 0.0
     """Largest strength of noise on the semantic latents, drawn per sample; teaches Stage B to forgive Stage C."""
     pyramid_noise: bool = True
@@ -246,7 +246,7 @@ class PreviewSettings:
     validation_prompts: list[str] | None = setting(None, resume="free")
     """Prompts of the preview sheet; absent: captions of the training data."""
     num_preview_images: int = setting(4, at_least=0, at_most=64, resume="free")
-    """Pictures on the preview sheet."""
+    """Images on the preview sheet."""
     preview_steps: int = setting(20, at_least=1, at_most=10_000, resume="free")
     """Sampling steps of Stage C in previews."""
     preview_decoder_steps: int = setting(10, at_least=1, at_most=10_000, resume="free")
@@ -290,21 +290,21 @@ class LoraSettings:
     lora_checkpoint_path: str | None = setting(None, path=True)
     """LoRA file to start from; absent: a new one."""
     regularization_path: str | list[str] | None = setting(None, path=True, resume="same data")
-    """Shards with pictures of the whole class (prior preservation), so that the subject does not take it over."""
+    """Shards with images of the whole class (prior preservation), so that the subject does not take it over."""
     regularization_share: float = setting(0.5, at_least=0, at_most=1)
-    """Share of the pictures shown that are regularisation pictures."""
+    """Share of the images shown that are regularisation images."""
     prior_loss_weight: float = setting(1.0, at_least=0)
-    """Weight of the loss on regularisation pictures."""
+    """Weight of the loss on regularisation images."""
 
 
 @dataclass
 class ControlNetSettings:
-    """The ControlNet and its control pictures."""
+    """The ControlNet and its control images."""
 
     controlnet_blocks: list[int] = setting(REQUIRED, check=rules.block_numbers)
     """Residual blocks of Stage C that get the control signal, counted from 0 over down and up blocks."""
     controlnet_filter: str = REQUIRED
-    """Class that makes the control picture: `CannyFilter`, `InpaintFilter`, `SREffnetFilter`, … or your own."""
+    """Class that makes the control image: `CannyFilter`, `InpaintFilter`, `SREffnetFilter`, … or your own."""
     controlnet_filter_params: dict[str, Any] | None = None
     """Arguments of that class."""
     controlnet_bottleneck_mode: Literal["effnet", "simple", "large"] = "effnet"
@@ -357,7 +357,7 @@ class VQGANConfig(DataSettings, TrainingSettings):
     commitment_weight: float = setting(0.25, at_least=0)
     """Weight of the loss that pulls latents to codes."""
     revive_every: int | None = setting(100, at_least=1)
-    """Steps between replacements of codes that no picture used in them; null never replaces."""
+    """Steps between replacements of codes that no image used in them; null never replaces."""
     adversarial_weight: float = setting(0.1, at_least=0)
     """Weight of the discriminator's judgement in the loss of Stage A; 0 trains without a discriminator."""
     adversarial_start: int = setting(0, at_least=0)
@@ -367,21 +367,21 @@ class VQGANConfig(DataSettings, TrainingSettings):
     discriminator_channels: int = setting(64, at_least=1, at_most=4096)
     """Width of the discriminator's first layer."""
     num_preview_images: int = setting(4, at_least=0, at_most=64, resume="free")
-    """Pictures on the preview sheet."""
+    """Images on the preview sheet."""
 
 
 @dataclass
 class ImageEncoderConfig(DataSettings, TrainingSettings):
-    """Training the image encoder together with the previewer."""
+    """Training the semantic encoder together with the previewer."""
 
     model_version: Literal["released", "embedded"] = "released"
-    """Size of the image encoder and the previewer."""
+    """Size of the semantic encoder and the previewer."""
     effnet_checkpoint_path: str = setting("scratch", path=True)
-    """Single file or folder of the image encoder to start from, or `scratch`: newly initialised."""
+    """Single file or folder of the semantic encoder to start from, or `scratch`: newly initialised."""
     previewer_checkpoint_path: str = setting("scratch", path=True)
     """Single file or folder of the previewer to start from, or `scratch`: newly initialised."""
     latent_noise: float = setting(0.15, at_least=0)
-    """Standard deviation of the noise between encoder and previewer, so that nearby latents mean nearby pictures."""
+    """Standard deviation of the noise between encoder and previewer, so that nearby latents mean nearby images."""
 
 
 @dataclass

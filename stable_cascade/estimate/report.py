@@ -29,7 +29,7 @@ class Estimate:
     """Parameters, and bytes by part, per process; `parts` add up to `total`."""
 
     trainer: str
-    picture: tuple[int, int]
+    image: tuple[int, int]
     rows: int
     parameters: int = 0
     trainable: int = 0
@@ -47,7 +47,7 @@ class Estimate:
         return self.total - self.parts.get("framework", 0)
 
     def __str__(self) -> str:
-        height, width = self.picture
+        height, width = self.image
         lines = [
             f"trainer         {self.trainer}",
             f"parameters      {self.parameters:,}",
@@ -172,7 +172,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _without_files(config: Any) -> Any:
-    """The config with `scratch` in the place of files that are not here: `model_version` tells their sizes."""
+    """The config with `scratch` in the place of files that are not here: `model_version` says their sizes."""
     keys = [key for key in vars(config) if key.endswith("_checkpoint_path")]
     absent = {
         key: SCRATCH

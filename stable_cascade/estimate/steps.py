@@ -63,11 +63,11 @@ def prior_step(config: Any, trainer: str, size: tuple[int, int], autocast: torch
     channels, (height, width) = prior.config.in_channels, _latents(config, size)
 
     def forward(rows: int) -> Tensor:
-        pictures = None
+        images = None
         if config.image_embedding_share:
-            pictures = _empty(rows, 1, prior.config.clip_image_in_channels)
+            images = _empty(rows, 1, prior.config.clip_image_in_channels)
         shown = _empty(rows, *image) if controlnet is not None else None
-        return model(_empty(rows, channels, height, width), _empty(rows), ["a"] * rows, pictures, shown)
+        return model(_empty(rows, channels, height, width), _empty(rows), ["a"] * rows, images, shown)
 
     # A preview: one sampling step with guidance, and the networks that show its result.
     def preview(rows: int) -> Tensor:
@@ -125,7 +125,7 @@ def _checkpoint(config: Any, autocast: torch.dtype | None, *networks: Any) -> No
 
 
 def _encoders(config: Any, size: tuple[int, int]) -> tuple[dict[str, nn.Module], Callable[[int], Any]]:
-    """The encoders of pictures that are on the device in training, none with the cache, and their work on a batch."""
+    """The encoders of images that are on the device in training, none with the cache, and their work on a batch."""
     if getattr(config, "cache", False):
         return {}, lambda rows: None
     semantic = network_shape(config, "semantic_encoder").eval()
@@ -139,6 +139,7 @@ def _encoders(config: Any, size: tuple[int, int]) -> tuple[dict[str, nn.Module],
 
 def _text(config: Any, prior: Any, serves: dict[str, nn.Module]) -> Any:
     """Captions to embeddings: a module where the text encoder trains, else a function that costs nothing here."""
+    # A text encoder in which something trains is part of the model.
     dtype = getattr(torch, config.dtype)
     if getattr(config, "train_tokens", None) or getattr(config, "train_text_encoder", False):
         tokenizer, encoder = factory.text_encoder_on_meta(config)
@@ -147,6 +148,7 @@ def _text(config: Any, prior: Any, serves: dict[str, nn.Module]) -> Any:
         if config.train_text_encoder:
             factory.add_config_text_lora(config, encoder)
         return _TrainedText(encoder)
+    # A frozen one only takes memory, or nothing with the cache.
     if not config.cache:
         serves["text encoder"] = _clip_text(config)
     widths = prior.config.clip_text_in_channels, prior.config.clip_text_pooled_in_channels
@@ -214,7 +216,7 @@ def _quantize(prior: nn.Module, form: str, autocast: torch.dtype | None) -> None
 
 
 def _control_shape(config: Any, control: Any, size: tuple[int, int]) -> tuple[int, ...]:
-    """Channels and size of a control image: a picture's for the effnet bottleneck, else that of the latents."""
+    """Channels and size of a control image: an image's for the effnet bottleneck, else that of the latents."""
     if config.controlnet_bottleneck_mode != "effnet":
         return control.channels, *_latents(config, size)
     side = (config.controlnet_filter_params or {}).get("resize")

@@ -29,6 +29,7 @@ def add_config_lora(config: Any, prior: Any) -> list[str]:
     Raises:
         ValueError: the filters match nothing, or the file is of another rank, scale or choice of layers.
     """
+    # Put new adapters on the layers that the config names.
     targets = add_lora(
         prior,
         module_filters=config.module_filters,
@@ -40,6 +41,7 @@ def add_config_lora(config: Any, prior: Any) -> list[str]:
         use_dora=config.use_dora,
         seed=config.seed,
     )
+    # Start them from a file.
     if config.lora_checkpoint_path:
         lora, where = read_lora(config.lora_checkpoint_path), f"lora_checkpoint_path '{config.lora_checkpoint_path}'"
         has = ", ".join(sorted(lora.parts))
@@ -88,6 +90,7 @@ def _start_from(lora: LoraFile, where: str, model: Any, component: str, settings
     """Put one component's values of a LoRA file into the adapters, which have to be just those of the file."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    # The file's tensors under our names; each has to have the shape of the adapter's.
     part = lora.part(component, layer_shapes(model), settings.get("module_filters"))
     values = part.tensors
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -101,6 +104,7 @@ def _start_from(lora: LoraFile, where: str, model: Any, component: str, settings
             f"{where} differs from {said} in '{odd[0]}': {shapes[0]} in the file, {shapes[1]} here; "
             "set them as it was trained"
         )
+    # The scales have to be the same as well.
     wanted_scales = lora_scales_of(model)
     for name, scale in part.scales.items():
         if abs(scale - wanted_scales[name]) > 1e-6 * abs(scale):

@@ -62,6 +62,7 @@ def fill_cache(config: Any, accelerator: Any, index: SampleIndex | SampleStream,
     Raises:
         ValueError: too many samples are broken, the data is a stream, or a cache file is damaged.
     """
+    # Open a store per kind of tensor, known by the networks that make it.
     stride: int = network_on_meta(config, "semantic_encoder").stride  # type: ignore[assignment]
     plan = functools.partial(planned, config, index, stride=stride)
     kinds = ["latents", *(["images"] if config.image_embedding_share else []), *(["texts"] if texts else [])]
@@ -72,6 +73,7 @@ def fill_cache(config: Any, accelerator: Any, index: SampleIndex | SampleStream,
     everyone(accelerator, [])  # all have hashed the networks before one writes that down
     if accelerator.is_main_process:
         remember(config, kinds)
+    # Fill them: crops first, which finds the broken samples, then the captions of those that are shown.
     crop_stores = {kind: store for kind, store in stores.items() if kind != "texts"}
     crops, broken = _fill_crops(
         config, accelerator, index, plan, _Encoders(config, accelerator.device, stride), crop_stores
@@ -162,6 +164,7 @@ def _encode_crops(
     stores: dict[str, TensorStore],
 ) -> list[str]:
     """Adds crops to the stores; returns the keys of those that are broken."""
+    # Decode the crops in batches.
     done: set[str] = set()
     micro = config.batch_size // config.grad_accum_steps // accelerator.num_processes
     decoded = crop_batches(
@@ -174,7 +177,8 @@ def _encode_crops(
         num_workers=config.num_workers,
         **loading_for(accelerator.device),
     )
-    with contextlib.ExitStack() as stack, _bar(accelerator, "caching pictures", len(crops)) as bar:
+    # Compute and write what each store lacks; a crop that no batch brought is broken.
+    with contextlib.ExitStack() as stack, _bar(accelerator, "caching images", len(crops)) as bar:
         writers = {kind: stack.enter_context(StoreWriter(store.folder)) for kind, store in stores.items()}
         for batch in decoded:
             for kind, writer in writers.items():

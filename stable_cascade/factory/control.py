@@ -107,6 +107,7 @@ def controlnet_settings(config: Any, prior: Any, channels: int) -> dict[str, Any
     Raises:
         ValueError: a block is not one of the prior's, or the chosen blocks differ in width.
     """
+    # The blocks have to be the prior's, and of one width.
     widths = residual_widths(prior.config)
     blocks = list(config.controlnet_blocks)
     over = [block for block in blocks if block >= len(widths)]
@@ -118,6 +119,7 @@ def controlnet_settings(config: Any, prior: Any, channels: int) -> dict[str, Any
     chosen = sorted({widths[block] for block in blocks})
     if len(chosen) > 1:
         raise ValueError(f"controlnet_blocks have the widths {chosen}; choose blocks of one width")
+    # The backbone is sized by the semantic encoder or by that width.
     backbones = {"effnet": _effnet_config, "large": lambda _: _large_config(chosen[0]), "simple": lambda _: None}
     return {
         "in_channels": channels,
@@ -197,6 +199,7 @@ def _check_checkpoint(where: str, model: StableCascadeControlNet) -> None:
     Raises:
         ValueError: it is missing or of another network.
     """
+    # What the checkpoint says about itself.
     place = Path(where)
     found: Any
     if place.is_file():
@@ -214,6 +217,7 @@ def _check_checkpoint(where: str, model: StableCascadeControlNet) -> None:
                 f"controlnet_checkpoint_path '{where}' was trained with {name} {brief(had, 80)}, this config has "
                 f"{model.config[key]}; set what it was trained with"
             )
+    # The shapes of its tensors.
     if place.is_file() and place.suffix == ".safetensors":
         shapes, own = read_shapes(place), {name: tuple(value.shape) for name, value in model.state_dict().items()}
         odd = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))

@@ -1,4 +1,4 @@
-"""The pictures of a config: their index, and the batches of every process."""
+"""The images of a config: their index, and the batches of every process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from stable_cascade.training.processes import told
 
 
 def samples(config: Any) -> SampleIndex | SampleStream:
-    """The index of the training pictures; broken shards and filters end here, before any weight is read.
+    """The index of the training images; broken shards and filters end here, before any weight is read.
 
-    Regularisation pictures are joined to it, whole and unfiltered: masks and filters belong to the subject's.
+    regularisation images are joined to it, whole and unfiltered: masks and filters belong to the subject's.
     """
+    # The subject's images.
     index = index_samples(
         config.webdataset_path,
         dataset_name=config.dataset_name,
@@ -34,6 +35,7 @@ def samples(config: Any) -> SampleIndex | SampleStream:
     )
     if not getattr(config, "regularization_path", None):
         return index
+    # Those of its class.
     others = index_samples(
         config.regularization_path,
         captions_getter=config.captions_getter,
@@ -66,7 +68,7 @@ def batches(
         known_broken: keys of samples that are replaced untried.
 
     Raises:
-        ValueError: the processes found different pictures.
+        ValueError: the processes found different images.
     """
     check_agreement(index, accelerator)
 
@@ -109,7 +111,7 @@ def check_agreement(index: SampleIndex | SampleStream, accelerator: Any) -> None
         return
     if len(set(told(accelerator, index.fingerprint))) > 1:
         raise ValueError(
-            "webdataset_path: the processes found different pictures, so a shard failed in some of them only; start "
+            "webdataset_path: the processes found different images, so a shard failed in some of them only; start "
             "again when all can read it"
         )
 

@@ -16,7 +16,7 @@ from .clip import clip_source
 from .networks import SCRATCH, preset, source
 
 _FORMAT = 1
-"""Raise it when the same network and picture give other tensors than before."""
+"""Raise it when the same network and image give other tensors than before."""
 
 _SOURCES = "sources.json"
 _WHOLE, _PIECES, _PIECE = 256 * 2**20, 256, 65536

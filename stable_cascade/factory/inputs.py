@@ -30,14 +30,14 @@ class Inputs:
         encode: batch -> clean semantic latents (B, 16, h, w).
         embed_image: batch -> image embeddings (B, 1, D), zero for the samples that go without, or None.
         text: captions -> hidden states (B, L, D) and pooled text (B, 1, P).
-        pictures: batches with their pixels, whatever `batches` leaves out; for previews.
+        images: batches with their pixels, whatever `batches` leaves out; for previews.
     """
 
     batches: Callable[[int], Iterator[Batch]]
     encode: Callable[[Batch], Tensor]
     embed_image: Callable[[Batch], Tensor | None]
     text: EmbedText
-    pictures: Callable[[int], Iterator[Batch]]
+    images: Callable[[int], Iterator[Batch]]
 
 
 def prior_inputs(
@@ -55,7 +55,7 @@ def prior_inputs(
         encode=lambda batch: encoder(shown(batch, device)).float(),
         embed_image=lambda batch: embed(shown(batch, device), batch.seeds),
         text=text or frozen_text(config, device),
-        pictures=stream,
+        images=stream,
     )
 
 
@@ -64,14 +64,16 @@ def _cached_inputs(
 ) -> Inputs:
     """As `prior_inputs`, from the cache, which is filled first where something is missing.
 
-    A ControlNet makes its control pictures from pixels, so there the batches keep them.
+    A ControlNet makes its control images from pixels, so there the batches keep them.
     """
+    # Fill the cache; the batches come without the samples that were broken then.
     device = accelerator.device
     cache = fill_cache(config, accelerator, index, texts=text is None)
     stream = functools.partial(batches, config, index, accelerator, factor=cache.stride, known_broken=cache.broken)
-    pictures = stream()
+    images = stream()
     needs_pixels = hasattr(config, "controlnet_filter")
 
+    # Read latents and embeddings where the live inputs compute them.
     def embed_image(batch: Batch) -> Tensor | None:
         if "images" not in cache.stores:
             return None
@@ -83,11 +85,11 @@ def _cached_inputs(
         return to_device(hidden, device), to_device(pooled, device)
 
     return Inputs(
-        batches=pictures if needs_pixels else _with_masks(cache, stream(decode=False)),
+        batches=images if needs_pixels else _with_masks(cache, stream(decode=False)),
         encode=lambda batch: to_device(cache.crops("latents", batch), device),
         embed_image=embed_image,
         text=text or embed_text,
-        pictures=pictures,
+        images=images,
     )
 
 

@@ -32,6 +32,7 @@ def launch(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idl
     Raises:
         ValueError: as `check_launch`, `check_run_folders` and `caption_facts`.
     """
+    # Start the accelerator and check that it agrees with the config.
     options: dict[str, Any] = {}
     if may_idle:
         from accelerate import DistributedDataParallelKwargs
@@ -39,6 +40,7 @@ def launch(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idl
         options["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = make_accelerator(config, **options)
     check_launch(config, accelerator)
+    # The main process checks folders and captions; all stop if it finds a mistake.
     lines, error = [plan], ""
     if accelerator.is_main_process:
         try:
@@ -54,7 +56,7 @@ def launch(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idl
 
 
 def data_entry(config: Any, index: SampleIndex | SampleStream) -> str:
-    """What there is to train on, as the plan tells it.
+    """What there is to train on, as the plan says it.
 
     Raises:
         ValueError: as `caption_facts`.
@@ -74,10 +76,12 @@ def caption_facts(config: Any, index: SampleIndex | SampleStream) -> list[str]:
     """
     if not isinstance(index, SampleIndex) or not hasattr(config, "clip_text_model_name"):
         return []
+    # The tokenizer, with the tokens that are learned.
     tokenizer, encoder = text_encoder_on_meta(config)
     entries = getattr(config, "train_tokens", None) or []
     if entries:
         learned_tokens(config, tokenizer, encoder)
+    # Count them in the captions, and the captions that are too long.
     subjects = len(index) if index.regularization is None else index.regularization.first
     captions, whole = _captions(index, subjects)
     ids = tokenizer(captions, truncation=False, padding=False)["input_ids"] if captions else []
@@ -104,7 +108,7 @@ def _share(tokenizer: Any, entry: Any, ids: list[list[int]], among: str, whole: 
     line = f"{name} is in {count:,} of {among}"
     if whole and not count:
         raise ValueError(
-            f"train_tokens: {line}, so it would not learn; write it into the captions as it stands in train_tokens"
+            f"train_tokens: {line}, so it would not learn; write it into the captions as train_tokens has it"
         )
     return line
 

@@ -54,10 +54,12 @@ def prior_loss_fn(
     """
 
     def loss_fn(model: Any, batch: Batch) -> Any:
+        # Clean latents and conditions, without gradients.
         with torch.no_grad():
             clean = inputs.encode(batch)
             clip_img = inputs.embed_image(batch)
             image = control(batch) if control is not None else None
+        # The loss per sample, weighted by noise level, mask and sample.
         terms = prior_loss(
             model,
             clean,

@@ -78,7 +78,7 @@ def source_key(config: Any, name: str) -> str:
 
 
 def preview_networks(config: Any) -> list[str]:
-    """The networks that turn Stage C's latents into pictures for previews."""
+    """The networks that turn Stage C's latents into images for previews."""
     if not config.num_preview_images:
         return []
     return ["decoder", "vqgan"] if config.stage_b_checkpoint_path else ["previewer"]
@@ -113,6 +113,7 @@ def network_on_meta(config: Any, name: str) -> nn.Module:
     Raises:
         ValueError: nothing says what size the network has.
     """
+    # The constructor's arguments: from the folder's config, the file's shapes, the size by name, or the Hub.
     where, cls = source(config, name), network_class(name)
     description = Path(where) / "config.json"
     if description.exists():

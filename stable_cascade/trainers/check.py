@@ -76,7 +76,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Training
         entries.append(("float8", _float8_entry))
     if config.compile:
         entries.append(("compile", _compile_entry))
-    if config.check:  # a training indexes its pictures right after this
+    if config.check:  # a training indexes its images right after this
         entries.append(("data", partial(_data_entry, config)))
         entries.append(("run folder", partial(_run_folder_entry, config)))
 
@@ -98,7 +98,7 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Training
     micro = config.batch_size // config.grad_accum_steps
     lines.append(f"batch           {config.batch_size} = {config.grad_accum_steps} x {micro} over all processes")
     with cache_only() if config.check else nullcontext():
-        lines.append(f"pictures        {_sizes(config, needs)}")
+        lines.append(f"images          {_sizes(config, needs)}")
     lines.append(f"steps           {config.updates}, saved every {config.save_every}")
     if config.use_fsdp:
         lines.append("sharded         use_fsdp: True, so " + LAUNCH_SHARDED)
@@ -106,13 +106,13 @@ def plan_training(config: Any, *, trains: str, needs: Sequence[str]) -> Training
 
 
 def _sizes(config: Any, needs: Sequence[str]) -> str:
-    """The sizes of the training pictures: one, or one per bucket."""
+    """The sizes of the training images: one, or one per bucket."""
     factor = 1
     divider = next((name for name in ("semantic_encoder", "vqgan") if name in needs), None)
     if divider:
         try:
             factor = factory.network_on_meta(config, divider).stride  # type: ignore[assignment]
-        except ValueError:  # told already, in the network's own line
+        except ValueError:  # the network's own line says it already
             return f"{config.image_size} px, ratios {config.multi_aspect_ratio or ['1/1']}"
     sizes = make_buckets(config.image_size, config.multi_aspect_ratio, factor=factor).sizes
     return ", ".join(f"{height} x {width}" for height, width in dict.fromkeys(sizes)) + " (height x width)"

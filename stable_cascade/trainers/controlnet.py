@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     model = ConditionedPrior(prior, inputs.text, controlnet)
     weighting = factory.loss_weight(config)
 
+    # What is exported.
     def save_fn(directory: Path, model: Any, ema: Any) -> None:
         with averaged(model, ema):
             factory.export_controlnet(config, directory, model.controlnet)

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     weighting = factory.loss_weight(config)
     batches = factory.batches(config, index, accelerator, factor=encoder.stride)
 
+    # What a step computes, and what is exported.
     def loss_fn(model: Any, batch: Batch) -> Any:
         return decoder_loss(
             model,

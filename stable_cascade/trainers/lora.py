@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     model = ConditionedPrior(prior, inputs.text)
     weighting = factory.loss_weight(config)
 
+    # What is exported.
     def save_fn(directory: Path, model: Any, ema: Any) -> None:
         with averaged(model, ema):
             save_lora(directory, prior=model.prior, text_encoder=getattr(model.text, "text_encoder", None))

@@ -67,22 +67,24 @@ def no_previews(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
 def prior_previews(
     config: Any, device: torch.device, inputs: factory.Inputs, control: Callable[[Batch], Tensor] | None = None
 ) -> Preview:
-    """Sheets of Stage C: pictures, their latents, one step of denoising, samples (EMA too), control images.
+    """Sheets of Stage C: images, their latents, one step of denoising, samples (EMA too), control images.
 
     Args:
-        control: batch -> control images (B, c, H, W) of its pictures, as the training makes them.
+        control: batch -> control images (B, c, H, W) of its images, as the training makes them.
     """
     if not config.num_preview_images:
         return no_previews
-    batch = first_pictures(inputs.pictures, config.num_preview_images)
-    pictures = factory.shown(batch, device)
-    show = latents_shown(config, device, inputs.text, preview_size(pictures))
+    # What every sheet shows again: the first images, their latents and control images.
+    batch = first_images(inputs.images, config.num_preview_images)
+    images = factory.shown(batch, device)
+    show = latents_shown(config, device, inputs.text, preview_size(images))
     prompts = list(config.validation_prompts or batch.captions)
     clean, captions = inputs.encode(batch), batch.captions
     image = control(batch) if control is not None else None
     settings = Settings(config.preview_steps, config.preview_guidance_scale)
     scheduler = StableCascadeScheduler(shift=2.0, prediction_type=config.prediction_type)
 
+    # Samples for the prompts, always from the same noise.
     def draw(model: Any) -> Tensor:
         generators = sample_generators(range(config.seed, config.seed + len(prompts)), "preview sample")
         noise = gaussian_noise(clean.shape[1:], generators).to(device)
@@ -92,10 +94,11 @@ def prior_previews(
             run["control"] = [Control(model.controlnet(cycled(image, len(prompts))))]
         return show(sample_semantic(model.prior, scheduler, noise, text, None, settings, **run), prompts)
 
+    # A sheet: one row of each.
     def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
         guess = one_step(lambda x, r: model(x, r, captions, None, image), clean, config.prediction_type, 0.5)
         rows = [
-            ("pictures", pictures),
+            ("images", images),
             ("latents", show(clean, captions)),
             ("one step", show(guess, captions)),
         ]
@@ -112,7 +115,7 @@ def prior_previews(
     return preview
 
 
-def first_pictures(batches: Batches, count: int) -> Batch:
+def first_images(batches: Batches, count: int) -> Batch:
     """The first `count` samples of the training."""
     batch = next(batches(0))
     few: dict[str, Any] = {
@@ -129,14 +132,16 @@ def cycled(rows: Tensor, count: int) -> Tensor:
 def latents_shown(
     config: Any, device: torch.device, embed_text: EmbedText, size: tuple[int, int]
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """(semantic latents, captions) -> pictures: through Stages B and A where the config names Stage B, else rough.
+    """(semantic latents, captions) -> images: through Stages B and A where the config names Stage B, else rough.
 
     Args:
-        size: height and width of the whole pictures.
+        size: height and width of the whole images.
     """
+    # Rough images: the previewer alone.
     if not config.stage_b_checkpoint_path:
         previewer = factory.frozen(config, "previewer", device)
         return lambda latents, captions: previewer(latents)
+    # Whole images: Stages B and A.
     dtype = getattr(torch, config.dtype)
     decoder = factory.frozen(config, "decoder", device, dtype=dtype)
     vqgan = factory.frozen(config, "vqgan", device)
@@ -153,22 +158,23 @@ def latents_shown(
     return show
 
 
-def preview_size(pictures: Tensor) -> tuple[int, int]:
-    """Height and width of the preview pictures: a third more than the training's, as Stage B draws them.
+def preview_size(images: Tensor) -> tuple[int, int]:
+    """Height and width of the preview images: a third more than the training's, as Stage B draws them.
 
     Stage C's latents stand for 32 pixels a side in training and for 42.67 at inference (8 and 10.67 in the embedded
-    cascade): Stage B was trained to draw from latents of a smaller picture.
+    cascade): Stage B was trained to draw from latents of a smaller image.
     """
-    return int(pictures.shape[-2] * 4 / 3), int(pictures.shape[-1] * 4 / 3)
+    return int(images.shape[-2] * 4 / 3), int(images.shape[-1] * 4 / 3)
 
 
 def decoder_previews(
     config: Any, device: torch.device, batches: Batches, encoder: Any, vqgan: Any, embed_text: EmbedText
 ) -> Preview:
-    """Sheets of Stage B: pictures, Stage A alone, Stage B sampled from their semantic latents."""
+    """Sheets of Stage B: images, Stage A alone, Stage B sampled from their semantic latents."""
     if not config.num_preview_images:
         return no_previews
-    batch = first_pictures(batches, config.num_preview_images)
+    # What every sheet shows again: the first images and their latents.
+    batch = first_images(batches, config.num_preview_images)
     shown, captions = factory.shown(batch, device), batch.captions
     text = embedded_text(embed_text, captions)
     height, width = shown.shape[-2:]
@@ -177,6 +183,7 @@ def decoder_previews(
     settings = Settings(config.preview_decoder_steps, 1.1)
     scheduler = StableCascadeScheduler(prediction_type=config.prediction_type)
 
+    # The images rebuilt from their semantic latents, always from the same noise.
     def draw(decoder: Any) -> Tensor:
         generators = sample_generators(range(config.seed, config.seed + len(shown)), "preview sample")
         noise = gaussian_noise(clean.shape[1:], generators).to(device)
@@ -185,7 +192,7 @@ def decoder_previews(
         return decode_vq(vqgan, latents, height, width)
 
     def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
-        rows = [("pictures", shown), ("Stage A", decode_vq(vqgan, clean, height, width)), ("rebuilt", draw(model))]
+        rows = [("images", shown), ("Stage A", decode_vq(vqgan, clean, height, width)), ("rebuilt", draw(model))]
         if ema is not None:
             with averaged(model, ema):
                 rows.append(("EMA rebuilt", draw(model)))
@@ -194,32 +201,34 @@ def decoder_previews(
     return preview
 
 
-def vqgan_previews(config: Any, pictures: Tensor) -> Preview:
-    """Sheets of Stage A: pictures, rebuilt as they are and through codes (EMA too); beside each, its figures as JSON.
+def vqgan_previews(config: Any, images: Tensor) -> Preview:
+    """Sheets of Stage A: images, rebuilt as they are and through codes (EMA too); beside each, its figures as JSON.
 
-    The figures: mean `psnr` and `psnr_codes` in dB over all of `pictures`, `codes` used for them, their `perplexity`.
+    The figures: mean `psnr` and `psnr_codes` in dB over all of `images`, `codes` used for them, their `perplexity`.
     """
     count = config.num_preview_images
     if not count:
         return no_previews
 
+    # Rebuild all images, plain and through codes, and measure both.
     def rebuild(vqgan: Any, prefix: str) -> tuple[list[tuple[str, Tensor]], dict[str, float]]:
-        plain, coded, used = [], [], torch.zeros(vqgan.config.num_vq_embeddings, device=pictures.device)
-        for part in pictures.split(count):
+        plain, coded, used = [], [], torch.zeros(vqgan.config.num_vq_embeddings, device=images.device)
+        for part in images.split(count):
             latents = vqgan.encode(part).latents
             found = vqgan.decode(latents, force_not_quantize=False)
             plain.append(vqgan.decode(latents).sample.float().clamp(0, 1))
             coded.append(found.sample.float().clamp(0, 1))
             used += torch.bincount(found.quantized.indices.flatten(), minlength=len(used))
         figures = {
-            "psnr": psnr(torch.cat(plain), pictures).mean().item(),
-            "psnr_codes": psnr(torch.cat(coded), pictures).mean().item(),
+            "psnr": psnr(torch.cat(plain), images).mean().item(),
+            "psnr_codes": psnr(torch.cat(coded), images).mean().item(),
             "codes": int((used > 0).sum()),
             "perplexity": perplexity(used),
         }
         rows = [(f"{prefix}rebuilt", plain[0])]
         return rows + ([(f"{prefix}codes", coded[0])] if config.quantize_share else []), figures
 
+    # A sheet of the first ones, and the figures beside it.
     def preview(directory: Path, model: Any, step: int, ema: Any) -> list[Path]:
         rows, figures = rebuild(model.vqgan, "")
         if ema is not None:
@@ -228,6 +237,6 @@ def vqgan_previews(config: Any, pictures: Tensor) -> Preview:
             rows += more
         target = directory / f"step-{step:08d}.png"
         target.with_suffix(".json").write_text(json.dumps({"step": step, **figures}) + "\n")
-        return [preview_sheet([("pictures", pictures[:count]), *rows], target)]
+        return [preview_sheet([("images", images[:count]), *rows], target)]
 
     return preview

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     model = ConditionedPrior(prior, inputs.text)
     weighting = factory.loss_weight(config)
 
+    # What is exported.
     def save_fn(directory: Path, model: Any, ema: Any) -> None:
         with averaged(model, ema):
             model.prior.save_pretrained(directory / "prior")

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         revival = CodebookRevival(vqgan.vquantizer.embedding, accelerator, every=config.revive_every,
                                   batch_size=config.batch_size, seed=config.seed)  # fmt: skip
 
+    # What a step computes, and what is exported.
     def loss_fn(model, numbered_batch):
         batch, step = numbered_batch.batch, numbered_batch.step
         if revival is not None:
