@@ -31,6 +31,7 @@ REQUIRES = [
     "fsspec>=2024.6",
     "aiohttp>=3.10",  # fsspec reads https shards with it
     "braceexpand>=0.1.7",
+    "jinja2>=3.1",  # huggingface_hub fills the template of model cards with it
     "tqdm>=4.67",
     "pillow>=10.3",
     "numpy>=2.0",

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 from stable_cascade import StableCascadeControlNet
 from stable_cascade.adapters import add_learned_tokens, add_lora, save_lora
@@ -141,6 +141,29 @@ def test_card_shows_the_last_sheet(tmp_path, lora):
     assert (folder / "README.md").read_text() == "mine", "an edited card is kept"
 
 
+HOSTILE = ['a "quoted" \\ cat', "x\n---\nlicense: mit\n```\n# Owned", "{{ 7*7 }} {% raw %}", "<b>&</b>"]
+
+
+def test_hostile_captions_stay_captions(tmp_path, lora):
+    folder = shutil.copytree(lora, tmp_path / "final")
+    rows = [("samples", torch.zeros(len(HOSTILE), 3, 32, 32))]
+    preview_sheet(rows, tmp_path / "out/ink/step-00000010.png", captions=HOSTILE, cell=96)
+    for prompt in HOSTILE:
+        settings = {
+            "pretrained_model_name_or_path": "lab/cascade", "experiment_id": "ink",
+            "output_path": str(tmp_path / "out"), "validation_prompts": [f"[ink] {prompt}", *HOSTILE],
+        }  # fmt: skip
+        text = write_model_card(folder, settings, "someone/ink").read_text()
+        card = ModelCard(text)
+        assert [shown["text"] for shown in card.data.to_dict()["widget"]] == HOSTILE
+        assert card.data.license is None
+        fence = re.search("^(`+)yaml$", text, re.MULTILINE)[1]
+        recorded = text.split(f"\n{fence}yaml\n")[1].split(f"\n{fence}\n")[0]
+        assert yaml.safe_load(recorded)["validation_prompts"] == [f"[ink] {prompt}", *HOSTILE]
+        code = compile(text.split("```python\n")[1].split("\n```\n")[0], "card", "exec")
+        assert f"[ink] {prompt}" in code.co_consts
+
+
 def test_places():
     assert public_place("~/data") == "data"
     assert public_place("../data") == "data"
@@ -165,7 +188,7 @@ def test_upload_arrives_whole_and_the_cards_code_draws(tmp_path, hub, lora, monk
     names: dict = {}
     exec(compile(few, "card", "exec"), names)
     assert names["pipeline"].tokenizer.tokenize("[ink]") == ["[ink]"]
-    assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "image.png").exists()
 
 
 def test_run_uploads_its_export(tmp_path, hub, lora):
@@ -173,7 +196,7 @@ def test_run_uploads_its_export(tmp_path, hub, lora):
     toy_train(config, save_fn=lambda folder, model, ema: shutil.copytree(lora, folder, dirs_exist_ok=True))
     assert hub.repos == {"lab/toy": True}
     assert set(hub.files["lab/toy"]) > {"README.md", "pytorch_lora_weights.safetensors"}
-    assert "trained for 4 steps of 8 pictures" in hub.files["lab/toy"]["README.md"].decode()
+    assert "trained for 4 steps of 8 images" in hub.files["lab/toy"]["README.md"].decode()
 
 
 @pytest.mark.parametrize(

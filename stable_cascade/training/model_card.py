@@ -1,7 +1,10 @@
-"""The model card of an export: what it is, what it was made from, with which settings, and how to use it."""
+"""The model card of an export: what it is, what it was trained from and on, its settings, and how to use it."""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -10,23 +13,116 @@ from typing import Any
 from stable_cascade.config import TRAINERS, keys_where
 from stable_cascade.formats.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
-from stable_cascade.training.card_usage import usage
 from stable_cascade.training.sheets import sheet_pictures
 
 CARD, SAMPLES = "README.md", "samples"
 RELEASED_LICENCE = "https://huggingface.co/stabilityai/stable-cascade/blob/main/LICENSE"
-_PARTS = {
-    "StableCascadePrior": "prior", "StableCascadeDecoder": "decoder", "StableCascadeVQGAN": "vqgan",
-    "StableCascadeControlNet": "controlnet", "StableCascadeImageEncoder": "semantic_encoder",
-    "StableCascadePreviewer": "previewer",
-}  # fmt: skip
+_NETWORKS = {
+    "prior": ("StableCascadePrior", "Stage C (prior)"),
+    "decoder": ("StableCascadeDecoder", "Stage B (decoder)"),
+    "vqgan": ("StableCascadeVQGAN", "Stage A (VQGAN)"),
+    "controlnet": ("StableCascadeControlNet", "ControlNet"),
+    "semantic_encoder": ("StableCascadeImageEncoder", "image encoder"),
+    "previewer": ("StableCascadePreviewer", "previewer"),
+}
 _TITLES = {
-    "lora": "LoRA for Stage C of Stable Cascade", "tokens": "Learned tokens for Stable Cascade",
-    "controlnet": "ControlNet for Stable Cascade", "prior": "Stage C (prior) of Stable Cascade",
-    "decoder": "Stage B (decoder) of Stable Cascade", "vqgan": "Stage A (VQGAN) of Stable Cascade",
-    "semantic_encoder": "image encoder of Stable Cascade", "previewer": "previewer of Stable Cascade",
+    "lora": "LoRA for Stage C of Stable Cascade",
+    "tokens": "learned tokens for Stable Cascade",
+    "controlnet": "ControlNet for Stable Cascade",
     "text_encoder": "text encoder of Stable Cascade",
-}  # fmt: skip
+}
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ export.title }}
+{%- if version %}, {{ version }} version{% endif %}
+{%- if steps %}, trained for {{ "{:,}".format(steps) }} steps of {{ batch_size }} images{% endif %}.
+{%- if base.name %}
+
+Base: {{ "the embedded cascade of the package" if base.embedded else base.name }}.
+{%- elif trained %}
+
+Base: none, the weights were newly initialised.
+{%- endif %}
+{%- if export.tokens %}
+
+Trigger tokens: `{{ export.tokens | join("`, `") }}`.
+{%- endif %}
+{%- if sheet %}
+
+## Samples
+
+![the last preview sheet of the training]({{ sheet }})
+{%- endif %}
+
+## How to use
+
+```python
+import torch
+from stable_cascade import StableCascadePipeline
+{%- for part in parts %}, {{ networks[part][0] }}{% endfor %}
+{%- if base.embedded %}
+from stable_cascade.embedded import embedded_path
+{%- endif %}
+{% for part in parts %}
+{{ part }} = {{ networks[part][0] }}.from_pretrained("{{ repo }}", subfolder="{{ part }}"{{ dtype }})
+{%- endfor %}
+{%- if draws %}
+pipeline = StableCascadePipeline.from_pretrained({{ cascade }}
+{%- for part in parts %}, {{ part }}={{ part }}{% endfor %}{{ dtype }})
+{%- if not base.embedded %}
+pipeline.to("cuda")
+{%- endif %}
+{%- if "lora" in export.kinds %}
+pipeline.load_lora_weights("{{ repo }}")
+{%- elif "tokens" in export.kinds %}
+pipeline.load_textual_inversion("{{ repo }}")
+{%- endif %}
+image = pipeline({{ prompt }}, generator=torch.Generator().manual_seed(0)).images[0]
+image.save("image.png")
+{%- endif %}
+```
+{%- if "controlnet" in parts %}
+
+The package's page on ControlNets shows how to draw with it.
+{%- endif %}
+{%- if places %}
+
+## Data
+{% for place in places %}
+- `{{ place }}`
+{%- endfor %}
+{%- for place in regularization %}
+- `{{ place }}` (regularisation)
+{%- endfor %}
+
+Images of {{ image_size }} px{% if ratios %}, aspect ratios {{ ratios | join(", ") }}{% endif %}.
+{%- endif %}
+{%- if settings %}
+
+## Training
+
+{{ fence }}yaml
+{{ settings }}{{ fence }}
+{%- endif %}
+{%- if base.released %}
+
+## Licence
+
+A derivative of the released Stable Cascade weights, and so bound by their \
+[non-commercial research community licence]({{ licence }}).
+{%- elif base.embedded and base.name %}
+
+## Licence
+
+The embedded cascade it was trained from is under Apache-2.0; the data has its own licence.
+{%- endif %}
+"""
 
 
 @dataclass(frozen=True)
@@ -36,10 +132,17 @@ class Export:
     kinds: tuple[str, ...]
     tokens: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """The kinds as words."""
+        names = [_TITLES.get(kind) or f"{_NETWORKS[kind][1]} of Stable Cascade" for kind in self.kinds]
+        text = " and ".join(names)
+        return text[0].upper() + text[1:]
+
 
 @dataclass(frozen=True)
 class Base:
-    """What the model was made from: the cascade's hub name, or a local one, or none."""
+    """What the model was trained from: the cascade's hub name, or a local one, or none."""
 
     cascade: str | None
     name: str | None
@@ -48,32 +151,61 @@ class Base:
 
 
 def write_model_card(folder: Path, settings: Mapping[str, Any], repo: str) -> Path:
-    """Write README.md and the pictures it shows into an exported folder; returns the card's path.
+    """Write README.md and the images it shows into an exported folder; returns the card's path.
 
     Args:
         settings: the training's config as a mapping; empty when nothing is known.
 
     Raises:
-        ValueError: the folder holds no model.
+        ValueError: the folder holds no model, or the hub's library refuses the card's metadata.
     """
+    import yaml
+    from huggingface_hub import ModelCard
+
     export, base = read_export(folder), read_base(settings)
     samples = _write_samples(folder, settings)
     known = public_settings(settings)
+
+    # The code shows a prompt that the model was validated with, one with the trigger token where there is one.
     token = export.tokens[0] if export.tokens else ""
     prompts = [prompt for prompt in settings.get("validation_prompts") or () if token in prompt]
-    prompt = prompts[0] if prompts else f"a picture of {token}" if token else "a picture"
-    sections = [
-        f"# {repo.split('/')[-1]}",
-        _what(export, settings, base),
-        _pictures(samples),
-        "## How to use\n\n" + usage(export.kinds, repo, base.cascade, base.embedded, prompt),
-        _data(known),
-        _config(known),
-        _licence(base),
-    ]
-    text = f"---\n{_front_matter(export, base, samples, repo)}---\n\n" + "\n\n".join(part for part in sections if part)
+    prompt = prompts[0] if prompts else f"an image of {token}" if token else "an image"
+    parts = [kind for kind in export.kinds if kind in _NETWORKS]
+    cascade = "embedded_path()" if base.embedded else f'"{base.cascade or "PATH OR HUB NAME OF THE CASCADE"}"'
+
+    # The data and the settings; the fence is longer than any run of backticks within it.
+    sets = {key: _listed(known.get(key)) for key in ("webdataset_path", "dataset_name", "regularization_path")}
+    text = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True) if known else ""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+
+    card = ModelCard.from_template(
+        _metadata(export, base, samples, repo),
+        template_str=TEMPLATE,
+        name=repo.split("/")[-1],
+        version=None if settings.get("model_version") == "embedded" else settings.get("model_version"),
+        steps=settings.get("updates"),
+        batch_size=settings.get("batch_size"),
+        export=export,
+        base=base,
+        trained=bool(settings),
+        sheet=samples[0][0] if samples else None,
+        networks=_NETWORKS,
+        parts=parts,
+        draws=set(parts) <= {"prior", "decoder", "vqgan"},
+        repo=repo,
+        cascade=cascade,
+        dtype="" if base.embedded else ", torch_dtype=torch.bfloat16",
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        places=sets["webdataset_path"] + sets["dataset_name"],
+        regularization=sets["regularization_path"],
+        image_size=known.get("image_size"),
+        ratios=known.get("multi_aspect_ratio"),
+        settings=text,
+        fence="`" * max(3, longest + 1),
+        licence=RELEASED_LICENCE,
+    )
     path = folder / CARD
-    path.write_text(redacted(text) + "\n", encoding="utf-8")
+    path.write_text(redacted(str(card)).rstrip("\n") + "\n", encoding="utf-8")
     return path
 
 
@@ -92,10 +224,11 @@ def read_export(folder: Path) -> Export:
         with safe_open(learned, framework="pt") as file:
             tokens = tuple(file.keys())
         kinds = kinds or ["tokens"]
+    classes = {name: kind for kind, (name, _) in _NETWORKS.items()}
     for description in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
         if description.is_file():
             values = read_json(description)
-            kind = _PARTS.get(str(values.get("_class_name")), "")
+            kind = classes.get(str(values.get("_class_name")), "")
             if not kind and "CLIP" in str(values.get("architectures")):
                 kind = "text_encoder"
             kinds += [kind] if kind and kind not in kinds else []
@@ -105,7 +238,7 @@ def read_export(folder: Path) -> Export:
 
 
 def read_base(settings: Mapping[str, Any]) -> Base:
-    """Where the untrained model came from, as far as the settings tell."""
+    """Where the untrained model came from, as far as the settings say."""
     place = settings.get("pretrained_model_name_or_path")
     version = settings.get("model_version")
     embedded = "embedded" in (place, version)
@@ -120,7 +253,7 @@ def read_base(settings: Mapping[str, Any]) -> Base:
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that describe the model, without credentials, and without folders of the machine it was made on."""
+    """The settings that describe the model, without credentials and folders of the machine it was trained on."""
     hidden = keys_where(TRAINERS, card=False)
     return {key: _public(value) for key, value in settings.items() if key not in hidden and value is not None}
 
@@ -171,9 +304,7 @@ def _is_hub_name(place: str) -> bool:
 
 
 def _write_samples(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Put the newest sheet and the pictures of its last row into the folder; names and prompts, the sheet first."""
-    import shutil
-
+    """Put the newest sheet and the images of its last row into the folder; names and prompts, the sheet first."""
     place = Path(str(settings.get("output_path", ""))) / str(settings.get("experiment_id", ""))
     sheets = sorted(place.glob("step-*.png")) if settings.get("experiment_id") else []
     if not sheets:
@@ -190,9 +321,14 @@ def _write_samples(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str,
     return written
 
 
-def _front_matter(export: Export, base: Base, samples: list[tuple[str, str]], repo: str) -> str:
-    """The YAML that the hub reads."""
-    import yaml
+def _listed(value: Any) -> list[str]:
+    """One place or several as a list."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _metadata(export: Export, base: Base, samples: list[tuple[str, str]], repo: str) -> Any:
+    """What the hub reads: licence, base, tags, and the images that the page of the model shows."""
+    from huggingface_hub import ModelCardData
 
     adapter = export.kinds[0] in ("lora", "tokens", "controlnet")
     values: dict[str, Any] = {"library_name": "stable-cascade", "pipeline_tag": "text-to-image"}
@@ -210,59 +346,4 @@ def _front_matter(export: Export, base: Base, samples: list[tuple[str, str]], re
     shown = [{"text": prompt or repo, "output": {"url": name}} for name, prompt in samples[1:]]
     if shown:
         values["widget"] = shown
-    return redacted(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def _what(export: Export, settings: Mapping[str, Any], base: Base) -> str:
-    """The first paragraph."""
-    title = " and ".join(_TITLES[kind] for kind in export.kinds)
-    text = f"{title[0].upper()}{title[1:]}"
-    if settings.get("model_version") not in (None, "embedded"):
-        text += f", {settings['model_version']} version"
-    if settings.get("updates"):
-        text += f", trained for {settings['updates']:,} steps of {settings.get('batch_size')} pictures"
-    lines = [text + "."]
-    if base.name:
-        lines.append(f"Base: {'the embedded cascade of the package' if base.embedded else base.name}.")
-    elif settings:
-        lines.append("Base: none, the weights were newly initialised.")
-    if export.tokens:
-        lines.append(f"Trigger tokens: {', '.join(f'`{token}`' for token in export.tokens)}.")
-    return "\n\n".join(lines)
-
-
-def _pictures(samples: list[tuple[str, str]]) -> str:
-    return f"## Samples\n\n![the last preview sheet of the training]({samples[0][0]})" if samples else ""
-
-
-def _data(known: Mapping[str, Any]) -> str:
-    """The pictures it was trained on."""
-    lines = []
-    for key in ("webdataset_path", "dataset_name", "regularization_path"):
-        value = known.get(key)
-        places = value if isinstance(value, list) else [value] if value else []
-        lines += [f"- `{place}`{' (regularisation)' if key == 'regularization_path' else ''}" for place in places]
-    if not lines:
-        return ""
-    ratios = f", aspect ratios {', '.join(known['multi_aspect_ratio'])}" if known.get("multi_aspect_ratio") else ""
-    return "## Data\n\n" + "\n".join(lines) + f"\n\nPictures of {known.get('image_size')} px{ratios}."
-
-
-def _config(known: Mapping[str, Any]) -> str:
-    """The training's settings."""
-    import yaml
-
-    if not known:
-        return ""
-    return f"## Training\n\n```yaml\n{yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True)}```"
-
-
-def _licence(base: Base) -> str:
-    if base.released:
-        return (
-            "## Licence\n\nA derivative of the released Stable Cascade weights, and so bound by their "
-            f"[non-commercial research community licence]({RELEASED_LICENCE})."
-        )
-    if base.embedded and base.name:
-        return "## Licence\n\nThe embedded cascade it was made from is under Apache-2.0; the data has its own licence."
-    return ""
+    return ModelCardData(**values)
