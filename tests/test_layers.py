@@ -195,7 +195,7 @@ def test_nothing_banned_is_imported_or_called():
         ("stable_cascade/training/x.py", "from stable_cascade import StableCascadePrior"),
         ("stable_cascade/training/x.py", "from ..objectives import prior"),
         ("stable_cascade/objectives/x.py", "import importlib\nimportlib.import_module('stable_cascade.adapters')"),
-        ("stable_cascade/factory/launch.py", "import examples.quickstart"),
+        ("stable_cascade/trainers/start.py", "import examples.quickstart"),
         ("stable_cascade/data/x.py", "from stable_cascade.newfolder import thing"),
     ],
 )

@@ -33,6 +33,7 @@ class Setting:
         resume: whether a resumed run may have another value: never (`fixed`), always (`free`) because no weight
             depends on it, or while the images stay the same (`same data`).
         card: whether a model card shows the value.
+        elsewhere: another trainer's word for it, for the message about an unknown key.
     """
 
     at_least: float | None = None
@@ -43,6 +44,7 @@ class Setting:
     path: bool = False
     resume: Literal["fixed", "free", "same data"] = "fixed"
     card: bool = True
+    elsewhere: str = ""
 
     LARGEST = 1e9
     """What a number without an upper bound may be at most."""

@@ -27,16 +27,6 @@ LARGEST_CONFIG = 2**20
 MOST_ENTRIES = 100_000
 """Bytes and values of a config file; some lines can refer to each other so that they mean billions."""
 
-_ELSEWHERE: dict[str, str] = {
-    "learning_rate": "lr", "train_batch_size": "batch_size", "max_train_steps": "updates", "resolution": "image_size",
-    "gradient_accumulation_steps": "grad_accum_steps", "output_dir": "output_path", "report_to": "tracker",
-    "checkpointing_steps": "save_every", "lr_warmup_steps": "warmup_updates", "lora_rank": "rank",
-    "resume_from_checkpoint": "resume", "train_data_dir": "dataset_name", "snr_gamma": "min_snr_gamma",
-    "noise_offset": "offset_noise", "validation_prompt": "validation_prompts", "lora_layers": "module_filters",
-    "dataloader_num_workers": "num_workers", "mixed_precision": "dtype",
-}  # fmt: skip
-"""Words of other trainers and ours for the same thing, for the message about an unknown key."""
-
 
 class ConfigError(ValueError):
     """A setting that cannot work; one line that names the key, the value and the remedy."""
@@ -319,8 +309,9 @@ def _expected(cls: type, key: str, value: Any) -> str:
 def _nearest_key(cls: type, key: str) -> str:
     """The remedy for an unknown key: our word for it, the config that has it, or the nearest spelling."""
     keys = list(kinds(cls))
-    if _ELSEWHERE.get(key) in keys:
-        return f"here it is called {_ELSEWHERE[key]!r}"
+    ours = [name for name, known in settings_of(cls).items() if known.elsewhere == key]
+    if ours:
+        return f"here it is called {ours[0]!r}"
     owners = [trainer.__name__ for trainer in TRAINERS if key in kinds(trainer)]
     if owners:
         return f"it belongs to {', '.join(owners)}, not to {cls.__name__}"

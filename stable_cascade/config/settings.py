@@ -21,23 +21,25 @@ class RunSettings:
     """Name of the run; its folders under `checkpoint_path` and `output_path` carry it."""
     checkpoint_path: str = setting(REQUIRED, path=True, resume="free", card=False)
     """Folder for run checkpoints and trained weights; the run's own are in `checkpoint_path/experiment_id`."""
-    output_path: str = setting(REQUIRED, path=True, resume="free", card=False)
+    output_path: str = setting(REQUIRED, path=True, resume="free", card=False, elsewhere="output_dir")
     """Folder for preview images and logs; the run's own are in `output_path/experiment_id`."""
-    updates: int = setting(REQUIRED, at_least=1)
+    updates: int = setting(REQUIRED, at_least=1, elsewhere="max_train_steps")
     """Number of training steps (optimizer updates); a resumed run may change it if `lr_scheduler` allows."""
     seed: int = setting(0, at_most=2**63 - 1)
     """Seed of everything random: sample order, crops, noise, dropout, previews."""
-    resume: str = setting("latest", path=True, resume="free", card=False)
+    resume: str = setting("latest", path=True, resume="free", card=False, elsewhere="resume_from_checkpoint")
     """`latest` continues from the newest checkpoint, `latest_intact` from the newest undamaged; `never`; or a path."""
     resume_with_other_data: bool = setting(False, resume="free")
     """Resume a run although its data differ from those it began with; False refuses and says what differs."""
-    save_every: int = setting(1000, at_least=1, resume="free", card=False)
+    save_every: int = setting(1000, at_least=1, resume="free", card=False, elsewhere="checkpointing_steps")
     """Steps between run checkpoints; each comes with an export of the model and a preview sheet."""
     backup_every: int | None = setting(None, at_least=1, resume="free", card=False)
     """Steps between checkpoints that rotation never deletes; absent: none."""
     checkpoints_total_limit: int | None = setting(2, at_least=1, resume="free", card=False)
     """Number of newest run checkpoints to keep; null keeps all."""
-    tracker: Literal["none", "wandb", "tensorboard", "all"] | None = setting(None, resume="free", card=False)
+    tracker: Literal["none", "wandb", "tensorboard", "all"] | None = setting(
+        None, resume="free", card=False, elsewhere="report_to"
+    )
     """Where to log; absent: `wandb` if `wandb_project` is set, else `none`."""
     wandb_project: str | None = setting(None, resume="free", card=False)
     """Weights & Biases project."""
@@ -61,13 +63,13 @@ class RunSettings:
 class OptimizerSettings:
     """The optimizer: step size, batch, precision, moving average."""
 
-    lr: float = setting(1e-4, at_least=0)
+    lr: float = setting(1e-4, at_least=0, elsewhere="learning_rate")
     """Learning rate after the warm-up."""
-    batch_size: int = setting(REQUIRED, at_least=1, at_most=65_536)
+    batch_size: int = setting(REQUIRED, at_least=1, at_most=65_536, elsewhere="train_batch_size")
     """Images per step over all processes and accumulation steps together."""
-    grad_accum_steps: int = setting(1, at_least=1, at_most=65_536)
+    grad_accum_steps: int = setting(1, at_least=1, at_most=65_536, elsewhere="gradient_accumulation_steps")
     """Micro-batches whose gradients make one step; more of them need less memory."""
-    warmup_updates: int = setting(1, at_least=0)
+    warmup_updates: int = setting(1, at_least=0, elsewhere="lr_warmup_steps")
     """Steps over which the learning rate rises linearly; step k of n uses k/n of it."""
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial", "inverse_sqrt"] = "constant"
     """Course of the learning rate after the warm-up."""
@@ -89,7 +91,7 @@ class OptimizerSettings:
     """Compute large linear layers in float8 (torchao), on CUDA devices of compute capability 8.9 and later."""
     compile: bool = False
     """Compile the blocks of the networks with torch.compile: a slower first step, faster ones after it."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", elsewhere="mixed_precision")
     """Number format of the frozen networks; what trains is float32 (accelerate's mixed precision is separate)."""
     ema_beta: float | None = setting(None, at_least=0, below=1)
     """Factor of the moving average of the weights; absent: no moving average."""
@@ -147,7 +149,7 @@ class DataSettings:
 
     webdataset_path: str | list[str] | None = setting(None, path=True, resume="same data")
     """Shards: local paths, folders, `file:`, `s3://` and `http(s)://` addresses, brace lists; one or a list."""
-    dataset_name: str | None = setting(None, path=True)
+    dataset_name: str | None = setting(None, path=True, elsewhere="train_data_dir")
     """Hugging Face dataset, or a local folder that `datasets` reads, instead of shards."""
     image_column: str = "image"
     """Column of `dataset_name` with the images."""
@@ -159,7 +161,7 @@ class DataSettings:
     """Field of a sample that holds the caption and what to do with it: `['txt', 'identity']` or a safe lambda."""
     dataset_filters: list[list[str]] | None = setting(None, check=rules.sample_filters)
     """Samples to keep: a list of `[json key, 'lambda x: condition']`, all of which must hold."""
-    image_size: int = setting(REQUIRED, at_least=8, at_most=16_384)
+    image_size: int = setting(REQUIRED, at_least=8, at_most=16_384, elsewhere="resolution")
     """Side of the square training image in pixels; with `multi_aspect_ratio` its square is the area."""
     multi_aspect_ratio: list[str] | None = setting(None, check=rules.aspect_ratios)
     """Aspect ratios of the training images as `'3/4'`; each counts for its inverse too."""
@@ -167,7 +169,9 @@ class DataSettings:
     """Share of batches whose aspect ratio is drawn without regard to the image."""
     crop: Literal["center", "random", "smart"] | None = None
     """How an image is cut to size; absent: `random` with `multi_aspect_ratio`, else `smart`."""
-    num_workers: int = setting(0, at_least=0, at_most=512, resume="free", card=False)
+    num_workers: int = setting(
+        0, at_least=0, at_most=512, resume="free", card=False, elsewhere="dataloader_num_workers"
+    )
     """Processes that decode images beside each training process; the samples do not depend on it."""
     max_broken_share: float = setting(0.1, at_least=0, at_most=1, resume="free")
     """Share of unreadable samples above which training stops with an error."""
@@ -205,7 +209,7 @@ class ObjectiveSettings:
     """Weight noise levels by the inverse of the loss seen there, instead of by `loss_weight`."""
     loss_weight: Literal["p2", "min_snr", "constant", "adaptive"] | None = None
     """Weight of noise levels; absent: `adaptive` with `adaptive_loss_weight`, else `p2`."""
-    min_snr_gamma: float = setting(5.0, at_least=0)
+    min_snr_gamma: float = setting(5.0, at_least=0, elsewhere="snr_gamma")
     """Signal-to-noise ratio at which `loss_weight: min_snr` is cut."""
     shift: float = setting(1.0, above=0)
     """Shift of the training noise towards more noise, for large images: logSNR - 2 ln shift."""
@@ -217,7 +221,7 @@ class ObjectiveSettings:
 class PriorObjectiveSettings(ObjectiveSettings):
     """What a step of Stage C computes."""
 
-    offset_noise: float = setting(0.0, at_least=0)
+    offset_noise: float = setting(0.0, at_least=0, elsewhere="noise_offset")
     """Strength of noise that is constant over a channel, for very dark and very bright images."""
     image_embedding_share: float = setting(0.1, at_least=0, at_most=1)
     """Share of samples that are shown their own CLIP image embedding; the others get zeros."""
@@ -243,7 +247,7 @@ class DecoderObjectiveSettings(ObjectiveSettings):
 class PreviewSettings:
     """The preview sheets."""
 
-    validation_prompts: list[str] | None = setting(None, resume="free")
+    validation_prompts: list[str] | None = setting(None, resume="free", elsewhere="validation_prompt")
     """Prompts of the preview sheet; absent: captions of the training data."""
     num_preview_images: int = setting(4, at_least=0, at_most=64, resume="free")
     """Images on the preview sheet."""
@@ -259,9 +263,9 @@ class PreviewSettings:
 class LoraSettings:
     """The adapters and the tokens that are learned with them."""
 
-    module_filters: list[str] | None = setting(None, check=rules.layer_filters)
+    module_filters: list[str] | None = setting(None, check=rules.layer_filters, elsewhere="lora_layers")
     """Parts of the names of the layers that get an adapter; absent: `['.attn']`."""
-    rank: int = setting(4, at_least=1, at_most=rules.LARGEST_RANK)
+    rank: int = setting(4, at_least=1, at_most=rules.LARGEST_RANK, elsewhere="lora_rank")
     """Rank of the adapters."""
     lora_alpha: float | None = setting(None, above=0)
     """Numerator of the adapters' scale `lora_alpha / rank`; absent: equal to `rank`."""

@@ -11,7 +11,6 @@ from .control import control_filter, control_images, controlnet, controlnet_on_m
 from .data import batches, content, samples, shown
 from .fingerprints import remembered
 from .inputs import Inputs, prior_inputs
-from .launch import data_entry, launch
 from .losses import Weighting, loss_weight, prior_loss_fn
 from .networks import (
     NETWORKS,
@@ -32,8 +31,8 @@ from .networks import (
 __all__ = [
     "NETWORKS", "SCRATCH", "Cache", "Inputs", "Weighting", "add_config_lora", "add_config_text_lora", "batches",
     "cascade_folder", "checkpoint_gradients", "clip_source", "content", "control_filter", "control_images",
-    "controlnet", "controlnet_on_meta", "data_entry", "export_controlnet", "fill_cache", "frozen", "frozen_base",
-    "frozen_text", "image_embedder", "launch", "learned_tokens", "learning_rate", "loss_weight", "network",
+    "controlnet", "controlnet_on_meta", "export_controlnet", "fill_cache", "frozen", "frozen_base",
+    "frozen_text", "image_embedder", "learned_tokens", "learning_rate", "loss_weight", "network",
     "network_on_meta", "on_demand", "preview_networks", "prior_inputs", "prior_loss_fn", "quantization_entry",
     "remembered", "samples", "shown", "source", "source_key", "text_encoder", "text_encoder_on_meta",
     "trainable_text",

@@ -20,6 +20,7 @@ from stable_cascade.data import make_buckets
 from stable_cascade.data.locations import is_remote
 from stable_cascade.hub import NotAskedError, cache_only
 from stable_cascade.redaction import bare_address, redacted
+from stable_cascade.trainers.start import data_entry
 from stable_cascade.training.float8 import SMALLEST, check_float8
 from stable_cascade.training.optimizers import check_optimizer
 from stable_cascade.training.run_folder import check_run_folders, run_folder
@@ -199,7 +200,7 @@ def _data_entry(config: Any) -> str:
     remote = next((place for place in places if is_remote(place)), None)
     if remote is not None:
         raise NotAskedError(f"{quoted(bare_address(remote))} is not on this machine; a run will read it")
-    return factory.data_entry(config, factory.samples(config))
+    return data_entry(config, factory.samples(config))
 
 
 def _run_folder_entry(config: Any) -> str:

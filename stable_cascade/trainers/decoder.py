@@ -11,6 +11,7 @@ from stable_cascade.data import Batch
 from stable_cascade.objectives.decoder import decoder_loss
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import decoder_previews
+from stable_cascade.trainers.start import start
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Find the images, start the processes.
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan.text, index)
+    accelerator = start(config, plan.text, index)
     device = accelerator.device
 
     # Load the frozen networks and the decoder.

@@ -10,6 +10,7 @@ from stable_cascade.config import TextToImageConfig, load_config, run_main
 from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import prior_previews
+from stable_cascade.trainers.start import start
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Find the images, start the processes.
     index = factory.samples(config)
-    accelerator = factory.launch(config, plan.text, index)
+    accelerator = start(config, plan.text, index)
 
     # Load the frozen networks and the prior.
     inputs = factory.prior_inputs(config, accelerator, index)

@@ -16,6 +16,7 @@ from stable_cascade.objectives.denoising import chosen
 from stable_cascade.objectives.vqgan import AdversarialAutoencoder, latent_scale, prepare_new, vqgan_loss
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import vqgan_previews
+from stable_cascade.trainers.start import start
 from stable_cascade.training.codebook import CodebookRevival, numbered
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     # Find the images, start the processes.
     index = factory.samples(config)
     # Before adversarial_start the discriminator takes no part in a step, which several processes have to expect.
-    accelerator = factory.launch(config, plan.text, index, may_idle=bool(config.adversarial_start))
+    accelerator = start(config, plan.text, index, may_idle=bool(config.adversarial_start))
     device = accelerator.device
 
     # Load Stage A, or make it, its statistics measured on the first images; add discriminator and codebook revival.

@@ -1,4 +1,4 @@
-"""The accelerator of a run."""
+"""The start of a training in each of its processes: the accelerator, and a last look at folders and captions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from stable_cascade import factory
 from stable_cascade.adapters import tokens_of
 from stable_cascade.data import SampleIndex, SampleStream
 from stable_cascade.training.processes import shared
@@ -13,14 +14,11 @@ from stable_cascade.training.run_folder import check_run_folders
 from stable_cascade.training.tracking import check_launch, make_accelerator
 from stable_cascade.wording import quoted
 
-from .adapters import learned_tokens
-from .clip import text_encoder_on_meta
-
 LOOKED_AT, LOOKED_AT_REMOTELY = 10_000, 256
 """Captions that are read before a training; from a remote shard each is a request of its own."""
 
 
-def launch(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idle: bool = False) -> Any:
+def start(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idle: bool = False) -> Any:
     """The accelerator of this process; prints the plan and what there is to train on.
 
     What would stop the training later stops it here, before weights are read: a launch that contradicts the config, a
@@ -77,10 +75,10 @@ def caption_facts(config: Any, index: SampleIndex | SampleStream) -> list[str]:
     if not isinstance(index, SampleIndex) or not hasattr(config, "clip_text_model_name"):
         return []
     # The tokenizer, with the tokens that are learned.
-    tokenizer, encoder = text_encoder_on_meta(config)
+    tokenizer, encoder = factory.text_encoder_on_meta(config)
     entries = getattr(config, "train_tokens", None) or []
     if entries:
-        learned_tokens(config, tokenizer, encoder)
+        factory.learned_tokens(config, tokenizer, encoder)
     # Count them in the captions, and the captions that are too long.
     subjects = len(index) if index.regularization is None else index.regularization.first
     captions, whole = _captions(index, subjects)
