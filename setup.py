@@ -33,6 +33,7 @@ REQUIRES = [
     "braceexpand>=0.1.7",
     "jinja2>=3.1",  # huggingface_hub fills the template of model cards with it
     "tqdm>=4.67",
+    "psutil>=5.9",
     "pillow>=10.3",
     "numpy>=2.0",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 
 from stable_cascade.cli.main import main
 from stable_cascade.trainers import CONFIGS
-from stable_cascade.trainers.launch import launch_command, launch_configs
+from stable_cascade.trainers.launch import launch_arguments, launch_configs
 from tests.trainer_runs import ROOT, assert_same, settings, train, write_cascade, write_config, write_pictures
 
 
@@ -49,6 +50,31 @@ def test_a_built_package_trains_in_any_folder(tmp_path, cascade, built):
     assert "processes       1, this one on cpu" in done.stdout
     here = train("lora", tmp_path, cascade, updates=3)
     assert_same(tmp_path / "runs" / "built" / "final", here)
+
+
+@pytest.mark.parametrize("launch", ["cpu", "cpu_2proc"])
+def test_a_mistake_in_the_training_itself_is_its_line_and_status(tmp_path, cascade, launch):
+    """Found by the trainer's process, which accelerate started: no trace of the launcher's follows."""
+    write_config(tmp_path / "lora.yaml", settings("lora", tmp_path, cascade))
+    done = stable_cascade(ROOT, tmp_path, "train", "lora", "lora.yaml", "--launch", launch, "--webdataset_path=no.tar")
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if "torch/distributed/elastic" not in line]
+    assert set(lines) == {"error: webdataset_path 'no.tar' does not exist; '.' holds no .tar"}
+
+
+def test_a_terminated_command_saves_as_its_training_does(tmp_path, cascade):
+    write_config(tmp_path / "lora.yaml", settings("lora", tmp_path, cascade, updates=100_000))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "stable_cascade.cli.main", "train", "lora", "lora.yaml", "--launch", "cpu"]
+    process = subprocess.Popen(program, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "run" / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    held = list((tmp_path / "runs" / "run").iterdir())
+    assert [path.name[:5] for path in held] == ["step-"]
 
 
 def test_a_built_package_has_the_launch_configs(built):
@@ -118,7 +144,7 @@ def test_help_of_a_trainer_lists_its_keys(capsys):
 def test_the_launch_fits_the_devices(monkeypatch, devices, options, name, processes):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    command, variables = launch_command("decoder", ["c.yaml", "--lr", "1"], **options)
+    command, variables = launch_arguments("decoder", ["c.yaml", "--lr", "1"], **options)
     assert command[command.index("--config_file") + 1] == str(launch_configs()[name])
     assert ("--num_processes" in command) == (processes is not None)
     if processes is not None:
@@ -131,8 +157,8 @@ def test_the_user_s_own_accelerate_config_comes_first(monkeypatch, tmp_path):
     own = tmp_path / "default_config.yaml"
     own.write_text(yaml.safe_dump({"num_processes": 3, "use_cpu": False}))
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(own))
-    command, variables = launch_command("lora", ["c.yaml"])
+    command, variables = launch_arguments("lora", ["c.yaml"])
     assert command[command.index("--config_file") + 1] == str(own)
     assert "--num_processes" not in command
     assert not variables
-    assert launch_command("lora", [], launch="cpu")[0][5] == str(launch_configs()["cpu"])
+    assert launch_arguments("lora", [], launch="cpu")[0][1] == str(launch_configs()["cpu"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,19 +46,18 @@ def _launch_options() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     # Check everything here, so that a mistake is reported before any process starts. `--help` ends here too.
-    from stable_cascade.trainers.launch import launch_command
+    from stable_cascade.trainers.launch import launch_arguments, run_launch
 
     options, keys = _launch_options().parse_known_args(arguments.overrides, arguments)
     config: Any = load_config(CONFIGS[arguments.trainer], keys)
-    command, variables = launch_command(
+    launch, variables = launch_arguments(
         arguments.trainer, keys, launch=options.launch, processes=options.processes, sharded=config.use_fsdp
     )
     if config.check:
         return importlib.import_module(f"stable_cascade.trainers.{arguments.trainer}").main(keys)
 
-    # accelerate takes the place of this process, so that signals and the exit status are the training's.
-    sys.stdout.flush()
-    os.execve(command[0], command, {**os.environ, **variables})
+    if status := run_launch(launch, variables):
+        raise SystemExit(status)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, trainers: Sequence[str]) -> None:

@@ -1,12 +1,14 @@
-"""How `accelerate launch` is asked to start a trainer."""
+"""Starting a trainer through accelerate's launcher, in a process of its own or in several."""
 
 from __future__ import annotations
 
 import difflib
 import os
-import sys
-from collections.abc import Sequence
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 SEVERAL = ("ddp", "fsdp", "fsdp2")
@@ -20,7 +22,7 @@ def launch_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def launch_command(
+def launch_arguments(
     trainer: str,
     arguments: Sequence[str],
     *,
@@ -28,7 +30,7 @@ def launch_command(
     processes: int | None = None,
     sharded: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that starts a trainer through accelerate, and the variables it needs beside the present ones.
+    """The arguments of `accelerate launch` that start a trainer, and the variables it needs beside the present ones.
 
     Args:
         arguments: the trainer's own: the config file and `--key value`.
@@ -61,7 +63,35 @@ def launch_command(
     if processes is None and launch in SEVERAL:
         processes = max(devices, 1)
     on_cpu = yaml.safe_load(path.read_text(encoding="utf-8")).get("use_cpu")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(path)]
-    command += ["--num_processes", str(processes)] if processes else []
-    command += ["-m", f"stable_cascade.trainers.{trainer}", *arguments]
-    return command, {"ACCELERATE_USE_CPU": "true"} if on_cpu and "ACCELERATE_USE_CPU" not in os.environ else {}
+    options = ["--config_file", str(path), *(["--num_processes", str(processes)] if processes else [])]
+    variables = {"ACCELERATE_USE_CPU": "true"} if on_cpu and "ACCELERATE_USE_CPU" not in os.environ else {}
+    return [*options, "-m", f"stable_cascade.trainers.{trainer}", *arguments], variables
+
+
+def run_launch(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
+    """Start `accelerate launch` with these arguments, wait for the end; the training's exit status.
+
+    What stops the training has been printed by its process: the launcher's own trace of it is left out.
+    """
+    import psutil
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # A terminal interrupts the training too, which saves and ends; what only this process is sent is passed on.
+    def pass_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, pass_on)
+    os.environ.update(variables)
+    try:
+        launch_command(launch_command_parser().parse_args(list(arguments)))
+    except subprocess.CalledProcessError as ended:
+        return ended.returncode
+    except ChildFailedError as ended:
+        return ended.get_first_failure()[1].exitcode
+    except SignalException as ended:
+        return 128 + ended.sigval
+    return 0
