@@ -257,6 +257,7 @@ def test_mistakes_are_one_line(tmp_path, cascade, capsys, changes, arguments, wo
         ({"module_filters": [".attn"]}, "lora"),
         ({"model_version": "700M"}, "decoder"),
         ({"effnet_dropout": 0.1}, "decoder"),
+        ({"quantize_share": 0.5}, "vqgan"),
         ({"model_version": "1B"}, "text_to_image"),
         ({"offset_noise": 0.1}, "text_to_image"),
     ],
