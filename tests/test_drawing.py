@@ -21,7 +21,7 @@ from stable_cascade.drawing import (
 )
 from stable_cascade.drawing.metadata import describe, parameters, slug
 from stable_cascade.drawing.pictures import decibels
-from stable_cascade.drawing.request import SAMPLERS, STRENGTHS
+from stable_cascade.drawing.request import STRENGTHS
 from tests.drawing_parts import checkered, png_of_size, same, saved
 
 SUM = "0" * 64
@@ -48,9 +48,7 @@ def test_a_drawing_goes_through_json():
 
 def test_its_lists_are_those_of_the_parts_below():
     from stable_cascade.pipelines import source
-    from stable_cascade.schedulers import stable_cascade_scheduler
 
-    assert SAMPLERS == stable_cascade_scheduler.SAMPLERS
     assert STRENGTHS == {"img2img": source.STRENGTH, "inpaint": 1.0}
 
 

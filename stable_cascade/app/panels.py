@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from stable_cascade.drawing.request import SAMPLERS
+from stable_cascade.diffusion.samplers import SAMPLERS
 
 from .choices import NONE
 from .form import AUTOMATIC, LORAS, Form
@@ -84,7 +84,10 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
                 0, 5, FIRST.decoder_guidance_scale, step=0.1, label="Guidance of Stage B", info="1 switches it off"
             )
         with gr.Row():
-            widgets["sampler"] = gr.Dropdown([AUTOMATIC, *SAMPLERS], value=FIRST.sampler, label="Sampler")
+            widgets["sampler"] = gr.Dropdown(
+                [AUTOMATIC, *((sampler.title, name) for name, sampler in SAMPLERS.items())],
+                value=FIRST.sampler, label="Sampler",
+            )  # fmt: skip
             widgets["shift"] = gr.Number(FIRST.shift, label="Shift of Stage C", info="0 is automatic", step=0.1)
             widgets["guidance_rescale"] = gr.Slider(0, 1, FIRST.guidance_rescale, step=0.05, label="Guidance rescale")
         with gr.Row():

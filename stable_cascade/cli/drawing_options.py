@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.diffusion.samplers import SAMPLERS
 from stable_cascade.disk import local_path, read_text
 from stable_cascade.drawing.request import (
     DTYPES,
-    SAMPLERS,
     STRENGTHS,
     ControlChoice,
     Drawing,
@@ -86,7 +86,8 @@ def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
     options.add("--decoder-steps", type=int, help="of Stage B (default 10)")
     options.add("--decoder-guidance", type=float, help="of Stage B (default 1.1)")
     options.add("--rescale", type=float, help="of guided predictions (default 0.7)")
-    options.add("--sampler", choices=SAMPLERS, help="of both stages; default: the model's, ddpm as released")
+    options.add("--sampler", choices=tuple(SAMPLERS), help="of both stages; default: the model's. "
+                + "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items()))  # fmt: skip
     options.add("--cache-interval", type=int, metavar="N",
                 help="run the networks' deeper half every N-th step only: faster, rougher (default 1)")  # fmt: skip
     options.switch("--preview", "rough and fast: the previewer draws, Stages B and A do not")

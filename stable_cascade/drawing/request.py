@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from stable_cascade.diffusion.samplers import SAMPLERS
 from stable_cascade.wording import brief
 
 from .checks import (
@@ -25,7 +26,6 @@ from .checks import (
 )
 
 TASKS = ("generate", "variation", "img2img", "inpaint", "control", "reconstruct")
-SAMPLERS = ("ddpm", "ddim", "lcm")
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
@@ -154,7 +154,7 @@ class Drawing:
         check_interval("guidance_interval", self.guidance_interval)
         check_whole("cache_interval", self.cache_interval, 1, MOST_STEPS)
         if self.sampler is not None:
-            check_choice("sampler", self.sampler, SAMPLERS)
+            check_choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.shift is not None:
             check_number("shift", self.shift, 0.01, 100)
         if self.strength is not None:

@@ -1,4 +1,4 @@
-"""The sampler of Stage C and Stage B: DDPM, DDIM and LCM steps in log_snr, as a diffusers scheduler."""
+"""The samplers of Stage C and Stage B, in log_snr, as a diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from stable_cascade.diffusion import process
 from stable_cascade.diffusion import schedule as schedules
+from stable_cascade.diffusion.samplers import SAMPLERS, Step
 
-SAMPLERS = ("ddpm", "ddim", "lcm")
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "cosine": schedules.cosine_log_snr,
     "tangent": schedules.tangent_log_snr,
@@ -58,7 +58,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         s: offset of the cosine schedule.
         shift: moves the schedule towards noise by 2 ln(shift); 2 for Stage C, 1 for Stage B.
         prediction_type: what the network predicts: epsilon, sample, v_prediction or flow.
-        sampler: ddpm, ddim (with `eta`) or lcm.
+        sampler: a name of `diffusion.samplers.SAMPLERS`: ddpm, ddim (with `eta`), lcm, ….
         eta: share of fresh noise in DDIM steps; 0 is deterministic and draws nothing, 1 is DDPM.
         schedule: cosine, tangent, sqrt, linear, rectified_flow, edm or stable_diffusion.
         log_snr_range: lowest and highest log_snr of a tangent, linear or rectified_flow schedule.
@@ -71,7 +71,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     Raises:
         ValueError: a setting outside its choices.
 
-    Source: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM), eq. 12 and 16; Luo et al. 2023 (LCM), algorithm 3.
+    Source: the papers of each sampler, in `diffusion.samplers`.
     """
 
     _compatibles = ["DDPMWuerstchenScheduler"]
@@ -93,7 +93,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         last_noise: bool = True,
     ) -> None:
         _choose("prediction_type", prediction_type, process.PREDICTION_TYPES)
-        _choose("sampler", sampler, SAMPLERS)
+        _choose("sampler", sampler, tuple(SAMPLERS))
         _choose("schedule", schedule, tuple(SCHEDULES))
         _choose("noising", noising, process.SCALERS)
         _choose("condition", condition, CONDITIONS)
@@ -106,6 +106,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None
+        self._before: tuple[Tensor, Tensor] | None = None
 
     def set_timesteps(
         self,
@@ -135,6 +136,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise ValueError(f"timesteps {points.tolist()}: need two or more falling values in [0, 1]")
         self.num_inference_steps = len(points) - 1
         self.timesteps = points.to(device)
+        self._before = None
 
     def log_snr(self, t: float | Tensor) -> Tensor:
         """The schedule's log_snr at `t`, shift included.
@@ -190,37 +192,33 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: `set_timesteps` was not called; a list of generators whose length is not B.
         """
+        # Where the step leads, and how much of clean and noise a sample has here and there.
         sample = _state(sample)
-        prediction = model_output.to(sample)
         t = _times(timestep).to(sample.device)
         following = self._following(t)
         log_snr, log_snr_next = self.log_snr(torch.stack([t, following])).to(sample)
         kind, noising = self.config["prediction_type"], self.config["noising"]
-        clean = process.to_clean(kind, prediction, sample, log_snr, noising)
-        noise = process.to_noise(kind, prediction, sample, log_snr, noising)
         a, b = process.scales(log_snr, noising)
         a_next, b_next = process.scales(log_snr_next, noising)
-        fresh = self._fresh_share(a, b, a_next, b_next)
-        if fresh is None:
-            moved = process.expand(a_next, sample) * clean + process.expand(b_next, sample) * noise
-        else:
-            kept = process.expand((b_next.square() - fresh.square()).clamp(min=0).sqrt(), sample)
-            if not self.config["last_noise"]:
-                fresh = fresh * (following > 0)
-            drawn = _draw(sample, generator)
-            moved = process.expand(a_next, sample) * clean + kept * noise + process.expand(fresh, sample) * drawn
+        # What the network predicts, as clean and noise.
+        prediction = model_output.to(sample)
+        clean = process.to_clean(kind, prediction, sample, log_snr, noising)
+        noise = process.to_noise(kind, prediction, sample, log_snr, noising)
+        # The move, which may use the step before.
+        a, b, log_snr, a_next, b_next, log_snr_next = (
+            process.expand(one, sample) for one in (a, b, log_snr, a_next, b_next, log_snr_next)
+        )
+        fresh_share = 1.0 if self.config["last_noise"] else process.expand(following > 0, sample)
+        step = Step(
+            sample, clean, noise, a, b, log_snr, a_next, b_next, log_snr_next,
+            draw=lambda: _draw(sample, generator), fresh_share=fresh_share, eta=self.config["eta"],
+            before=self._before if self._before and self._before[0].shape == clean.shape else None,
+        )  # fmt: skip
+        moved = SAMPLERS[self.config["sampler"]].move(step)
+        self._before = (clean, log_snr)
         if not return_dict:
             return moved, clean
         return StableCascadeSchedulerOutput(prev_sample=moved, pred_original_sample=clean)
-
-    def _fresh_share(self, a: Tensor, b: Tensor, a_next: Tensor, b_next: Tensor) -> Tensor | None:
-        """Standard deviation of the fresh noise of a step; None when there is none."""
-        if self.config["sampler"] == "lcm":
-            return b_next
-        eta = 1.0 if self.config["sampler"] == "ddpm" else self.config["eta"]
-        if eta == 0:
-            return None
-        return eta * b_next / b * (1 - (a / a_next).square()).clamp(min=0).sqrt()
 
     def _following(self, t: Tensor) -> Tensor:
         """The point after the one nearest to `t`, found on the device so that a step never waits for it."""
