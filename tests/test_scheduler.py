@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 
-from stable_cascade.diffusion import guide
+from stable_cascade.diffusion import guide, scales
+from stable_cascade.diffusion.samplers import SAMPLERS
 from stable_cascade.schedulers import StableCascadeScheduler
 from tests.golden import FOLDER, entry, tensors
 
@@ -24,7 +25,7 @@ GDF = {
         "condition": "rectified_flow",
     },
 }
-SAMPLERS = {"default (DDPMSampler)": "ddpm", "DDIMSampler": "ddim", "LCMSampler": "lcm"}
+ORIGINALS = {"default (DDPMSampler)": "ddpm", "DDIMSampler": "ddim", "LCMSampler": "lcm"}
 BALANCE = json.loads((FOLDER / "gdf_tables.json").read_text())["scalers"]["tables"]["LERPScaler()"]["a"][6]
 CASES = [key for key, value in entry("gdf_sampling").items() if isinstance(value, dict) and "gdf" in value]
 
@@ -72,7 +73,7 @@ def golden_predictions(case, data, info):
 
 def golden_scheduler(info):
     kwargs = info["kwargs"]
-    settings = dict(GDF[info["gdf"]], sampler=SAMPLERS[info["sampler"]], shift=kwargs.get("shift", 1))
+    settings = dict(GDF[info["gdf"]], sampler=ORIGINALS[info["sampler"]], shift=kwargs.get("shift", 1))
     settings["eta"] = kwargs.get("sampler_params", {}).get("eta", 0.0)
     if info["schedule"] is not None:
         assert info["schedule"] == "G.LinearSchedule([-6,6])"
@@ -160,7 +161,7 @@ def test_own_config_comes_back(tmp_path):
     assert (loaded.config.sampler, loaded.config.eta, loaded.config.prediction_type) == ("ddim", 0.3, "flow")
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_a_picture_alone_is_the_picture_in_a_batch(sampler):
     scheduler, start = StableCascadeScheduler(shift=2.0, sampler=sampler), start_of()
     together = sample(scheduler, start, [seeded(i) for i in range(4)]).pred_original_sample
@@ -194,15 +195,47 @@ def test_ddpm_step_is_the_posterior_of_the_paper():
     torch.testing.assert_close(out, mean + std * noise, rtol=1e-10, atol=1e-10)
 
 
-def test_deterministic_ddim_draws_nothing():
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+def test_order_of_the_deterministic_samplers(sampler, order):
+    """Of Gaussian data the flow is known: twice the steps divide the error by two, or at second order by four."""
+    spread = 0.5
+    scheduler = StableCascadeScheduler(sampler=sampler, prediction_type="sample")
+
+    def error(steps):
+        scheduler.set_timesteps(steps, t_start=0.9, t_end=0.2)
+        first, last = (scheduler.log_snr(scheduler.timesteps[i]).double() for i in (0, -1))
+        x = start = start_of(dtype=torch.float64)
+        for t in scheduler.timesteps[:-1]:
+            a, b = scales(scheduler.log_snr(t).double())
+            x = scheduler.step(a * spread**2 / (a**2 * spread**2 + b**2) * x, t, x).prev_sample
+        (a, b), (a_last, b_last) = scales(first), scales(last)
+        exact = start * ((a_last**2 * spread**2 + b_last**2) / (a**2 * spread**2 + b**2)).sqrt()
+        return (x - exact).norm() / exact.norm()
+
+    assert error(80) < 0.01
+    assert abs(torch.log2(error(40) / error(80)) - order) < 0.2
+
+
+def test_the_first_step_of_dpmpp_2m_is_ddims_and_a_new_run_forgets_the_last():
+    start = start_of(dtype=torch.float64)
+    first = StableCascadeScheduler(sampler="dpmpp_2m")
+    fresh = sample(first, start, seeded(0), steps=5)
+    again = sample(first, start, seeded(0), steps=5)
+    assert torch.equal(fresh.prev_sample, again.prev_sample)
+    moved = [sample(StableCascadeScheduler(sampler=name), start, seeded(0), steps=1) for name in ("dpmpp_2m", "ddim")]
+    torch.testing.assert_close(moved[0].prev_sample, moved[1].prev_sample, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_deterministic_samplers_draw_nothing(sampler):
     generator = seeded(0)
     before = generator.get_state()
-    sample(StableCascadeScheduler(sampler="ddim"), start_of(), generator)
+    sample(StableCascadeScheduler(sampler=sampler), start_of(), generator)
     assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_an_oracle_leads_to_the_clean_sample(kind, sampler):
     """A network that knows the clean sample: whatever it predicts, the result is that sample."""
     from stable_cascade.diffusion import target, to_noise

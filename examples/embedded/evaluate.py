@@ -2,6 +2,7 @@
 
     python examples/embedded/evaluate.py retrieval        # 100 training captions x 4 pictures: is the right one near?
     python examples/embedded/evaluate.py reconstruction   # 200 pictures it never saw: encoder -> Stage B -> Stage A
+    python examples/embedded/evaluate.py samplers         # every sampler at 20+10, 8+4 and 4+2 steps, as a table
     python examples/embedded/evaluate.py speed            # seconds for 4 pictures on 2 threads
     python examples/embedded/evaluate.py lora --lora FOLDER        # does a LoRA draw nearer to its style?
     python examples/embedded/evaluate.py clip             # does a caption find its picture?
@@ -25,6 +26,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 INK = HERE.parent / "data" / "ink_emoji.tar"
 SIDE = 64
+FEW_STEPS = ((20, 10), (8, 4), (4, 2))
 
 
 def load_pipeline(arguments: argparse.Namespace, name: str = "StableCascadePipeline"):
@@ -113,6 +115,31 @@ def reconstruction(arguments: argparse.Namespace) -> dict:
     }
 
 
+def samplers(arguments: argparse.Namespace) -> dict:
+    """Every sampler at several numbers of steps: PSNR to the caption's own image at 32 px, retrieval, seconds."""
+    from stable_cascade import StableCascadeScheduler
+    from stable_cascade.diffusion.samplers import SAMPLERS
+
+    _, captions, targets = read_mosaic(HERE / "captions_100.webp", side=32)
+    pipeline, rows = load_pipeline(arguments), []
+    released = {name: getattr(pipeline, name).config for name in ("prior_scheduler", "scheduler")}
+    for sampler in SAMPLERS:
+        for name, config in released.items():
+            setattr(pipeline, name, StableCascadeScheduler.from_config(config, sampler=sampler))
+        for arguments.prior_steps, arguments.steps in FEW_STEPS:
+            started = time.process_time()
+            images = torch.cat(list(generate(pipeline, captions, arguments)))
+            seconds = (time.process_time() - started) / len(captions)
+            error = (shrink(images, 32) - shrink(targets, 32)).square().flatten(1).mean(1)
+            place = ranks(distances(shrink(images), shrink(targets)), torch.arange(len(captions)))
+            steps = f"{arguments.prior_steps}+{arguments.steps}"
+            rows.append({"sampler": sampler, "steps": steps, "psnr": (-10 * error.log10()).mean().item(),
+                         "top1": (place < 1).float().mean().item(), "cpu_seconds": seconds})  # fmt: skip
+            write_sheet(arguments.out / f"{sampler}-{steps}.png", [list(images[:40])], columns=1)
+            print(f"| {sampler} | {steps} | {rows[-1]['psnr']:.1f} dB | {rows[-1]['top1']:.2f} | {seconds:.2f} s |")
+    return {"rows": rows, "captions": len(captions)}
+
+
 def speed(arguments: argparse.Namespace) -> dict:
     """Wall seconds of one call that draws 4 pictures; the first call, and the next, when everything is warm."""
     pipeline = load_pipeline(arguments)
@@ -199,6 +226,7 @@ COMMANDS = {
         "right picture in the top 5 for {top5:.1%} of {pictures} pictures, nearest for {top1:.1%}",
     ),
     "reconstruction": (reconstruction, "{psnr:.2f} dB mean PSNR over {pictures} held-out pictures"),
+    "samplers": (samplers, "{captions} captions"),
     "speed": (speed, "{seconds:.2f} s for {pictures} pictures on {threads} threads ({seconds_warm:.2f} s when warm)"),
     "lora": (lora, "{closer_all:.1%} nearer to the style (seen {closer_seen:.1%}, unseen {closer_unseen:.1%})"),
     "clip": (clip, "caption finds its picture among {pictures}: top 1 {top1:.1%}, top 5 {top5:.1%}"),
