@@ -43,7 +43,7 @@ def test_a_drawing_goes_through_json():
     assert Drawing.from_json({}) == Drawing()
     values = FULL.to_json()
     assert all(values[field.name] != Drawing().to_json()[field.name] for field in fields(Drawing)
-               if field.name not in ("model", "lite", "dtype", "outpaint"))  # fmt: skip
+               if field.name not in ("model", "lite", "dtype", "outpaint", "guidance_method"))  # fmt: skip
 
 
 def test_its_lists_are_those_of_the_parts_below():
@@ -70,7 +70,7 @@ def test_its_lists_are_those_of_the_parts_below():
         ({"cache_interval": 0}, "cache_interval 0 is not"),
         ({"guidance_interval": (0.8, 0.2)}, "the first must not be above the second"),
         ({"guidance_interval": 1}, "guidance_interval 1 is not two numbers"),
-        ({"sampler": "euler"}, "sampler 'euler' is not one of ddpm, ddim, lcm"),
+        ({"sampler": "euler"}, "sampler 'euler' is not one of ddpm, ddim, "),
         ({"shift": 0}, "shift 0 is not a number from 0.01"),
         ({"strength": 1.01}, "strength 1.01 is not a number from 0 to 1"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float32"),

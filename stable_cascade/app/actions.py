@@ -24,7 +24,7 @@ LARGEST_RANDOM_SEED = 2**32
 _PROMPTED = ("generate", "variation", "img2img", "inpaint", "control")
 _SHARED = (
     "prior_num_inference_steps", "prior_guidance_scale", "num_inference_steps", "decoder_guidance_scale",
-    "guidance_rescale", "negative_prompt", "weighted", "seed", "preview",
+    "guidance_method", "guidance_rescale", "cache_interval", "negative_prompt", "weighted", "seed", "preview",
 )  # fmt: skip
 ReadPicture = Callable[..., Image.Image]
 """(path, mode="RGB") -> picture; mode None keeps its transparency."""
@@ -63,7 +63,9 @@ def wish(form: Form, known: Known, make: Callable[..., Drawing] = Drawing) -> Wi
     values["prompt"] = "" if task == "reconstruct" else text("prompt", form.prompt)
     values["num_inference_steps"] = whole("steps of Stage B", form.num_inference_steps)
     values["decoder_guidance_scale"] = number("guidance of Stage B", form.decoder_guidance_scale)
+    values["guidance_method"] = form.guidance_method
     values["guidance_rescale"] = number("guidance rescale", form.guidance_rescale)
+    values["cache_interval"] = whole("cache interval", form.cache_interval)
     values |= {side: whole(side, getattr(form, side) or 0) or None for side in ("width", "height")}
     if task in _PROMPTED:
         values |= _sampling(form)
@@ -252,9 +254,7 @@ def settings_of(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[st
         values[f"reference_weight_{place}"] = weight
     lora_values, missing = _loras_back(drawing, known)
     control_values, more = _control_back(drawing, known)
-    every = drawing.cache_interval
-    unknown = [f"cache_interval {every} is no setting of this page, which draws with 1"] if every > 1 else []
-    return values | lora_values | control_values, missing + more + unknown
+    return values | lora_values | control_values, missing + more
 
 
 def _loras_back(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[str]]:

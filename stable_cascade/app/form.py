@@ -36,7 +36,9 @@ class Form:
     prior_guidance_scale: Any = Drawing.prior_guidance_scale
     num_inference_steps: Any = Drawing.num_inference_steps
     decoder_guidance_scale: Any = Drawing.decoder_guidance_scale
+    guidance_method: Any = Drawing.guidance_method
     guidance_rescale: Any = Drawing.guidance_rescale
+    cache_interval: Any = Drawing.cache_interval
     guidance_start: Any = Drawing.guidance_interval[0]
     guidance_end: Any = Drawing.guidance_interval[1]
     sampler: Any = AUTOMATIC

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from stable_cascade.diffusion.guidance import GUIDANCES
 from stable_cascade.diffusion.samplers import SAMPLERS
 
 from .choices import NONE
@@ -90,6 +91,14 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
             )  # fmt: skip
             widgets["shift"] = gr.Number(FIRST.shift, label="Shift of Stage C", info="0 is automatic", step=0.1)
             widgets["guidance_rescale"] = gr.Slider(0, 1, FIRST.guidance_rescale, step=0.05, label="Guidance rescale")
+        with gr.Row():
+            widgets["guidance_method"] = gr.Dropdown(
+                [(method.title, name) for name, method in GUIDANCES.items()],
+                value=FIRST.guidance_method, label="Guidance",
+            )  # fmt: skip
+            widgets["cache_interval"] = gr.Slider(
+                1, 4, FIRST.cache_interval, step=1, label="Whole steps", info="2: every second one, faster and rougher"
+            )
         with gr.Row():
             widgets["guidance_start"] = gr.Slider(
                 0, 1, FIRST.guidance_start, step=0.05, label="Guidance from", info="time, 0 is clean"

@@ -18,6 +18,7 @@ from stable_cascade.drawing.request import (
     InputFile,
     LoraChoice,
 )
+from stable_cascade.pipelines.knobs import KNOBS
 from stable_cascade.wording import brief, quoted
 
 LONGEST_LIST = 2**20
@@ -26,8 +27,8 @@ SIMPLE = {
     "model": "model", "lite": "lite", "variant": "variant", "dtype": "dtype", "negative": "negative_prompt",
     "weighted": "weighted", "seed": "seed", "height": "height", "width": "width", "steps": "prior_num_inference_steps",
     "guidance": "prior_guidance_scale", "decoder_steps": "num_inference_steps",
-    "decoder_guidance": "decoder_guidance_scale", "rescale": "guidance_rescale", "sampler": "sampler",
-    "shift": "shift", "strength": "strength", "preview": "preview", "cache_interval": "cache_interval",
+    "decoder_guidance": "decoder_guidance_scale", "sampler": "sampler", "shift": "shift", "strength": "strength",
+    "preview": "preview", **{knob.flag.replace("-", "_"): name for name, knob in KNOBS.items()},
 }  # fmt: skip
 
 
@@ -78,18 +79,15 @@ def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
     if prior:
         options.add("--steps", type=int, help="of Stage C (default 20)")
         options.add("--guidance", type=float, help="of Stage C (default 4)")
-        options.add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                    help="times in which guidance acts, 1 is noise (default 0 1)")  # fmt: skip
         options.add("--shift", type=float, help="of Stage C's schedule; default: the model's, 2 as released")
         options.add("--negative", metavar="TEXT", help="negative prompt")
         options.switch("--weighted", "read (words:1.3) in prompts")
     options.add("--decoder-steps", type=int, help="of Stage B (default 10)")
     options.add("--decoder-guidance", type=float, help="of Stage B (default 1.1)")
-    options.add("--rescale", type=float, help="of guided predictions (default 0.7)")
     options.add("--sampler", choices=tuple(SAMPLERS), help="of both stages; default: the model's. "
                 + "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items()))  # fmt: skip
-    options.add("--cache-interval", type=int, metavar="N",
-                help="run the networks' deeper half every N-th step only: faster, rougher (default 1)")  # fmt: skip
+    for knob in KNOBS.values():
+        options.add(f"--{knob.flag}", help=knob.help, **knob.option)
     options.switch("--preview", "rough and fast: the previewer draws, Stages B and A do not")
 
 
@@ -137,8 +135,7 @@ def changed_drawing(base: Drawing, given: Mapping[str, Any]) -> Drawing:
         ValueError: an option that means nothing, or does not fit the others.
     """
     changes: dict[str, Any] = {field: given[name] for name, field in SIMPLE.items() if name in given}
-    if "guidance_interval" in given:
-        changes["guidance_interval"] = tuple(given["guidance_interval"])
+    changes |= {name: knob.check(name, changes[name]) for name, knob in KNOBS.items() if name in changes}
     if "lora" in given:
         changes["loras"] = tuple(
             LoraChoice(path, **_named(numbers, "weight")) for path, numbers in _parsed(given["lora"], "--lora", 1)

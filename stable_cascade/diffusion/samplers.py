@@ -102,6 +102,6 @@ class Sampler:
 SAMPLERS = {
     "ddpm": Sampler(ddpm, "DDPM", "fresh noise in every step, as released"),
     "ddim": Sampler(ddim, "DDIM", "no fresh noise: the same noise always gives the same image"),
-    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", "second order, no fresh noise: sharp with half the steps of ddim"),
+    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", "second order, no fresh noise: closer than ddim with few steps"),
     "lcm": Sampler(lcm, "LCM", "wholly fresh noise in every step: good with few steps"),
 }

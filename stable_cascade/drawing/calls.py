@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from stable_cascade.pipelines.knobs import KNOBS
+
 from .inputs import Inputs
 from .request import Drawing
 
@@ -19,8 +21,7 @@ def sampling_arguments(drawing: Drawing) -> dict[str, Any]:
     """Size, steps and guidance."""
     names = (
         "height", "width", "prior_num_inference_steps", "prior_guidance_scale", "num_inference_steps",
-        "decoder_guidance_scale", "guidance_rescale", "guidance_interval", "cache_interval",
-        "preview",
+        "decoder_guidance_scale", "preview", *KNOBS,
     )  # fmt: skip
     return {name: getattr(drawing, name) for name in names}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stable_cascade.diffusion.samplers import SAMPLERS
+from stable_cascade.pipelines.knobs import KNOBS
 from stable_cascade.wording import brief
 
 from .checks import (
@@ -114,9 +115,10 @@ class Drawing:
     prior_guidance_scale: float = 4.0
     num_inference_steps: int = 10
     decoder_guidance_scale: float = 1.1
-    guidance_rescale: float = 0.7
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    cache_interval: int = 1
+    guidance_method: str = KNOBS["guidance_method"].default
+    guidance_rescale: float = KNOBS["guidance_rescale"].default
+    guidance_interval: tuple[float, float] = KNOBS["guidance_interval"].default
+    cache_interval: int = KNOBS["cache_interval"].default
     sampler: str | None = None
     shift: float | None = None
     strength: float | None = None
@@ -150,9 +152,8 @@ class Drawing:
             check_whole(name, getattr(self, name), 1, MOST_STEPS)
         for name in ("prior_guidance_scale", "decoder_guidance_scale"):
             check_number(name, getattr(self, name), 0, 1000)
-        check_number("guidance_rescale", self.guidance_rescale, 0, 1)
-        check_interval("guidance_interval", self.guidance_interval)
-        check_whole("cache_interval", self.cache_interval, 1, MOST_STEPS)
+        for name, knob in KNOBS.items():
+            knob.check(name, getattr(self, name))
         if self.sampler is not None:
             check_choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.shift is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stable_cascade.models.controlnet import StableCascadeControlNet, StableCascadeMultiControlNet
 
-from .inputs import is_number
+from .knobs import is_number
 from .outputs import from_array
 from .sampling import Control
 

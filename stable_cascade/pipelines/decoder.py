@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -15,6 +15,7 @@ from .callbacks import CALLBACK_TENSORS, step_callback
 from .folders import FromFolderMixin
 from .habits import HabitsMixin
 from .inputs import check_size
+from .knobs import Sampling
 from .outputs import check_output_type
 from .prompts import EncodePromptMixin, PromptArguments
 from .source import Source, read_source
@@ -64,7 +65,6 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         *,
         height: int | None = None, width: int | None = None,
         image: Any = None, mask_image: Any = None,
-        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None, prompt_embeds_pooled: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_pooled: Tensor | None = None,
@@ -72,6 +72,7 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         latents: Tensor | None = None, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Pictures of semantic latents, `num_images_per_prompt` of each in a row.
 
@@ -92,9 +93,7 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         height = _side(semantic.shape[-2], multiple) if height is None else height
         width = _side(semantic.shape[-1], multiple) if width is None else width
         source = _source(image, mask_image, height, width)
-        settings = stage_settings(
-            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, cache_interval=cache_interval
-        )
+        settings = stage_settings(num_inference_steps, guidance_scale, sampling)
         check_output_type(output_type)
         _check_pair("", prompt_embeds, prompt_embeds_pooled)
         _check_pair("negative_", negative_prompt_embeds, negative_prompt_embeds_pooled)

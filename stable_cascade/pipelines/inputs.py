@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,19 +12,11 @@ from torch import Generator
 
 from stable_cascade import bounds
 
+from .knobs import is_number
+
 Generators = Generator | list[Generator]
 
 SMALLEST_SIDE = 64
-
-
-def whole(value: Any) -> Any:
-    """A whole number of numpy or torch as Python's; anything else is what it was."""
-    if isinstance(value, bool | int | float | str) or value is None:
-        return value
-    try:
-        return operator.index(value)
-    except (TypeError, RuntimeError, ValueError):
-        return value
 
 
 def check_size(height: int, width: int) -> None:
@@ -48,21 +38,10 @@ def check_steps(steps: Any, name: str = "num_inference_steps") -> None:
         raise ValueError(f"{name} {steps!r} is not a positive whole number up to {bounds.STEPS:,}; 10 to 30 are usual")
 
 
-def check_cache_interval(interval: Any) -> None:
-    """Raises ValueError unless it is a positive whole number."""
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"cache_interval {interval!r} is not a positive whole number; 1 runs all of every step")
-
-
-def check_guidance(scale: Any, rescale: Any, interval: Any, name: str = "guidance_scale") -> None:
-    """Raises ValueError for a guidance that means nothing."""
+def check_guidance(scale: Any, name: str = "guidance_scale") -> None:
+    """Raises ValueError for a guidance scale that means nothing."""
     if not is_number(scale) or scale < 0:
         raise ValueError(f"{name} {scale} is not a number from 0 up; 1 switches guidance off")
-    if not is_number(rescale) or not 0 <= rescale <= 1:
-        raise ValueError(f"guidance_rescale {rescale} is outside [0, 1]; 0.7 is usual")
-    pair: Any = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
-    if not all(map(is_number, pair)) or not 0 <= pair[0] <= pair[1] <= 1:
-        raise ValueError(f"guidance_interval {interval} is no pair 0 <= low <= high <= 1; (0, 1) is always")
 
 
 def check_times(timesteps: Any) -> tuple[float, ...]:
@@ -76,11 +55,6 @@ def check_times(timesteps: Any) -> tuple[float, ...]:
     if not numbers or not all(a > b for a, b in pairwise(times)) or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"timesteps {list(times)} are not two or more falling numbers in [0, 1]; 1 is noise, 0 clean")
     return times
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def prompt_list(prompt: Any, name: str = "prompt") -> list[str]:

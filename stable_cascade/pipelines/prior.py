@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -15,7 +15,8 @@ from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
 from .folders import FromFolderMixin
 from .habits import HabitsMixin
-from .inputs import default_side, whole
+from .inputs import default_side
+from .knobs import Sampling, whole
 from .outputs import StableCascadePriorPipelineOutput, check_output_type
 from .prompts import EncodePromptMixin, PromptArguments, embed_images
 from .references import image_conditions
@@ -76,8 +77,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         num_inference_steps: int = 20,
         *,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float = 4.0, guidance_rescale: float = 0.7,
-        guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
+        guidance_scale: float = 4.0,
         image: Any = None, strength: float | None = None, mask_image: Any = None,
         control_image: Any = None, controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0, control_guidance_end: float | Sequence[float] = 1.0,
@@ -89,6 +89,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         latents: Tensor | None = None, output_type: str = "pt", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **sampling: Unpack[Sampling],
     ) -> StableCascadePriorPipelineOutput | tuple[Any, ...]:  # fmt: skip
         """Semantic latents for each prompt, `num_images_per_prompt` in a row.
 
@@ -107,10 +108,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         source = read_source(image, mask_image, strength, height, width, side=side)
         check_output_type(output_type, ("pt", "latent", "np"))
         check_call(self, source, latents)
-        settings = stage_settings(
-            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, timesteps=timesteps,
-            cache_interval=cache_interval,
-        )  # fmt: skip
+        settings = stage_settings(num_inference_steps, guidance_scale, sampling, timesteps=timesteps)
         arguments = PromptArguments(
             prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,
             negative_prompt_embeds_pooled,

@@ -11,7 +11,8 @@ from torch import Tensor
 from stable_cascade.models.clip import clip_pixels
 
 from .encoding import encode_texts, same_length, window_counts
-from .inputs import check_count, prompt_list, whole
+from .inputs import check_count, prompt_list
+from .knobs import whole
 from .outputs import to_pixels
 from .sampling import Text, repeat_text
 

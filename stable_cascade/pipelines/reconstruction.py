@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from .callbacks import CALLBACK_TENSORS
 from .folders import FromFolderMixin
 from .habits import HabitsMixin
-from .inputs import is_number
+from .knobs import Sampling, is_number
 from .outputs import to_pixels
 from .prompts import PromptArguments
 from .source import read_source
@@ -92,10 +92,10 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
         compression: float | None = None,
         height: int | None = None, width: int | None = None,
         num_inference_steps: int = 10, guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1, generator: Generator | Sequence[Generator] | None = None,
         preview: bool = False, output_type: str = "pil", return_dict: bool = True,
+        **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """The pictures rebuilt, `num_images_per_prompt` times each.
 
@@ -116,9 +116,7 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
         source = read_source(images, None, 0.0, height, width, name="images")
         check_call(self, source, None, output_type, preview=preview)
         multiple = self._multiple(compression)
-        settings = stage_settings(
-            num_inference_steps, guidance_scale, guidance_rescale, guidance_interval, cache_interval=cache_interval
-        )
+        settings = stage_settings(num_inference_steps, guidance_scale, sampling)
         arguments = PromptArguments(prompt, negative_prompt)
         call = begin(self, source, arguments, num_images_per_prompt, generator)
 

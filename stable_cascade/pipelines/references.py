@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .inputs import is_number
+from .knobs import is_number
 from .prompts import embed_images
 from .stages import Call
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_cascade.diffusion.guidance import guide
+from stable_cascade.diffusion.guidance import GUIDANCES, Guided
 from stable_cascade.models.unet import DeepCache
 
 from .inputs import Generators, vq_size
+from .knobs import Sampling, checked
 
 OnStep = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Any]]
 """(step, time, tensors `latents` and `clean`) -> those that change, the `guidance_scale` from then on, `interrupt`."""
@@ -26,11 +27,9 @@ class Settings:
 
     num_inference_steps: int
     guidance_scale: float
-    guidance_rescale: float = 0.7
     t_start: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
     timesteps: tuple[float, ...] | None = None
-    cache_interval: int = 1
+    knobs: Sampling = field(default_factory=lambda: checked({}))
 
     @property
     def guided(self) -> bool:
@@ -39,7 +38,7 @@ class Settings:
 
     def guides(self, time: float) -> bool:
         """Whether guidance acts at a time; the unconditional half runs only then."""
-        low, high = self.guidance_interval
+        low, high = self.knobs["guidance_interval"]
         return self.guided and low - 1e-6 <= time <= high + 1e-6  # times are float32, the interval is not
 
 
@@ -102,6 +101,21 @@ class Text:
         return pooled
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A step of a run: its number of `steps`, its time as a number and on the device, and what the network is told."""
+
+    number: int
+    steps: int
+    t: float
+    time: Tensor
+    ratio: Tensor
+
+
+Denoiser = Callable[..., Tensor]
+"""(moment, latents, conditions, **more for the network) -> its prediction, float32, of the latents' shape."""
+
+
 def sample(
     network: Any,
     scheduler: Any,
@@ -124,94 +138,154 @@ def sample(
         control: residuals of ControlNets, which are summed; both halves of a guided batch get the same.
         kept: what inpainting keeps, put back after every step.
     """
-    times = _times(scheduler, settings, latents.device)
-    steps, ratios = len(times) - 1, scheduler.noise_condition(scheduler.timesteps)
-    whole, cache = _whole_steps(steps, settings.cache_interval, control), DeepCache()
-    conditional = conditions.first(len(latents)) if settings.guided else conditions
+    # The denoiser of this run, from the inside out.
+    moments = _moments(scheduler, settings, latents.device)
+    denoise = with_control(with_cache(plain(network), moments, settings, control), control)
+    guidance = Guidance(denoise, conditions, settings, scheduler, len(latents))
     state = clean = latents.float()
     if kept is not None:
-        state = kept.noised(scheduler, state, scheduler.timesteps[0])
-    with progress(total=steps) as bar:
-        for number in range(steps):
-            time, guided = scheduler.timesteps[number], settings.guides(times[number])
-            known = conditions if guided else conditional
-            active = [one.residuals for one in control if one.acts(number, steps)]
-            extra: dict[str, Any] = {"control": _summed(active, guided)} if active else {}
-            if settings.cache_interval > 1:
-                extra["cache"] = cache = DeepCache() if whole[number] else cache
-            prediction = _predict(network, state, ratios[number], known, settings if guided else None, extra)
-            output = scheduler.step(prediction, time, state, generator=generator)
+        state = kept.noised(scheduler, state, moments[0].time)
+    with progress(total=len(moments)) as bar:
+        for moment in moments:
+            # One step of the sampler; what inpainting keeps is put back.
+            output = scheduler.step(guidance(moment, state), moment.time, state, generator=generator)
             state, clean = output.prev_sample, output.pred_original_sample
             if kept is not None:
-                state, clean = kept.noised(scheduler, state, scheduler.timesteps[number + 1]), kept.cleaned(clean)
+                state = kept.noised(scheduler, state, scheduler.timesteps[moment.number + 1])
+                clean = kept.cleaned(clean)
+            # A callback may change the latents and the guidance, and end the run.
+            interrupt = False
             if on_step is not None:
-                changed = on_step(number, time, {"latents": state, "clean": clean})
-                given = changed.get("latents", state)
-                # The last step's prediction is the result; who replaces its latents means the result.
-                result = given if given is not state and number == steps - 1 else clean
-                own = changed.get("clean", clean)
-                state, clean = given, result if own is clean else own
-                two = conditions is not conditional
-                settings = _changed_guidance(settings, changed.get("guidance_scale"), guided=two)
+                changed = on_step(moment.number, moment.time, {"latents": state, "clean": clean})
+                state, clean = _after_callback(changed, state, clean, last=moment.number == len(moments) - 1)
+                guidance.change_scale(changed.get("guidance_scale"))
+                interrupt = bool(changed.get("interrupt"))
             bar.update()
-            if on_step is not None and changed.get("interrupt"):
+            if interrupt:
                 break
     return clean
 
 
-def _changed_guidance(settings: Settings, scale: float | None, *, guided: bool) -> Settings:
-    """The settings with another guidance scale.
+def _after_callback(changed: Any, state: Tensor, clean: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
+    """State and clean prediction, as a callback changed them.
 
-    Raises:
-        ValueError: it would begin in the middle of a run, which was prepared without an unconditional half.
+    The last step's prediction is the result; who replaces its latents means the result.
     """
-    if scale is None or scale == settings.guidance_scale:
-        return settings
-    if scale > 1 and not guided:
-        raise ValueError(f"guidance_scale {scale} cannot begin in the middle of a run; begin it with guidance above 1")
-    return replace(settings, guidance_scale=scale)
+    given, own = changed.get("latents", state), changed.get("clean", clean)
+    if own is clean and given is not state and last:
+        own = given
+    return given, own
 
 
-def _times(scheduler: Any, settings: Settings, device: torch.device) -> list[float]:
-    """Sets the scheduler's times, on the device, and returns them as numbers."""
+def _moments(scheduler: Any, settings: Settings, device: torch.device) -> list[Moment]:
+    """The steps of a run, after the scheduler's times are set on the device."""
     scheduler.set_timesteps(
         settings.num_inference_steps, device=device, t_start=settings.t_start, timesteps=settings.timesteps
     )
-    return scheduler.timesteps.tolist()
+    times, ratios = scheduler.timesteps, scheduler.noise_condition(scheduler.timesteps)
+    numbers, steps = times.tolist(), len(times) - 1
+    return [Moment(number, steps, numbers[number], times[number], ratios[number]) for number in range(steps)]
 
 
-def _whole_steps(steps: int, interval: int, control: Sequence[Control]) -> list[bool]:
-    """Which steps run the whole network: every `interval`-th, and where a ControlNet begins or ends to act."""
-    acting = [[one.acts(step, steps) for one in control] for step in range(steps)]
-    return [step % interval == 0 or acting[step] != acting[step - 1] for step in range(steps)]
+def plain(network: Any) -> Denoiser:
+    """The network's own prediction for one noise condition."""
+
+    def denoise(moment: Moment, latents: Tensor, conditions: Any, **more: Any) -> Tensor:
+        ratio = moment.ratio.expand(len(latents))
+        (prediction,) = network(latents, ratio, conditions=conditions, return_dict=False, **more)
+        return prediction.float()
+
+    return denoise
 
 
-def _summed(active: Sequence[Sequence[Tensor | None]], guided: bool) -> list[Tensor | None]:
-    """The residuals of all ControlNets together, for both halves of a guided batch.
+def with_cache(
+    denoise: Denoiser, moments: Sequence[Moment], settings: Settings, control: Sequence[Control]
+) -> Denoiser:
+    """A denoiser whose network runs whole at every `cache_interval`-th step, and where a ControlNet begins or ends.
 
-    As in the original, the unconditional half is controlled alike.
+    Between them its deeper half is what the last whole step made of it (see `DeepCache`).
     """
+    interval = settings.knobs["cache_interval"]
+    if interval == 1:
+        return denoise
+    acting = [[one.acts(moment.number, moment.steps) for one in control] for moment in moments]
+    whole = [number % interval == 0 or acting[number] != acting[number - 1] for number in range(len(moments))]
+    cache = DeepCache()
+
+    def cached(moment: Moment, latents: Tensor, conditions: Any, **more: Any) -> Tensor:
+        nonlocal cache
+        if whole[moment.number]:
+            cache = DeepCache()
+        return denoise(moment, latents, conditions, cache=cache, **more)
+
+    return cached
+
+
+def with_control(denoise: Denoiser, control: Sequence[Control]) -> Denoiser:
+    """A denoiser with the residuals of the ControlNets that act at a step.
+
+    As in the original, the unconditional half of a guided batch is controlled alike.
+    """
+    if not control:
+        return denoise
+
+    def controlled(moment: Moment, latents: Tensor, conditions: Any, **more: Any) -> Tensor:
+        active = [one.residuals for one in control if one.acts(moment.number, moment.steps)]
+        if active:
+            more["control"] = _summed(active, len(latents))
+        return denoise(moment, latents, conditions, **more)
+
+    return controlled
+
+
+def _summed(active: Sequence[Sequence[Tensor | None]], rows: int) -> list[Tensor | None]:
+    """The residuals of all ControlNets together, repeated for a batch of so many rows."""
     total: list[Tensor | None] = []
     for parts in zip_longest(*active):
         present = [part for part in parts if part is not None]
         one = sum(present[1:], present[0]) if present else None
-        total.append(torch.cat([one, one]) if guided and one is not None else one)
+        total.append(one if one is None else torch.cat([one] * (rows // len(one))))
     return total
 
 
-def _predict(
-    network: Any, state: Tensor, ratio: Tensor, conditions: Any, guidance: Settings | None, extra: dict[str, Any]
-) -> Tensor:
-    """The prediction for one noise condition, guided where there is guidance.
+class Guidance:
+    """A denoiser for one image a row: guided where guidance acts, with the conditions' first half alone elsewhere.
 
-    Shapes: (B, C, h, w), () -> (B, C, h, w), float32.
+    Shapes: (B, C, h, w) -> (B, C, h, w), float32.
     """
-    batch = state if guidance is None else torch.cat([state, state])
-    (prediction,) = network(batch, ratio.expand(len(batch)), conditions=conditions, return_dict=False, **extra)
-    if guidance is None:
-        return prediction.float()
-    conditional, unconditional = prediction.float().chunk(2)
-    return guide(conditional, unconditional, guidance.guidance_scale, rescale=guidance.guidance_rescale)
+
+    def __init__(self, denoise: Denoiser, conditions: Any, settings: Settings, scheduler: Any, rows: int) -> None:
+        self.denoise, self.settings, self.scheduler = denoise, settings, scheduler
+        self.both = conditions
+        self.conditional = conditions.first(rows) if settings.guided else conditions
+        self.memory: dict[str, Any] = {}
+
+    def __call__(self, moment: Moment, latents: Tensor) -> Tensor:
+        """The prediction. Shapes: (B, C, h, w) -> the same."""
+        if not self.settings.guides(moment.t):
+            return self.denoise(moment, latents, self.conditional)
+        better, worse = self.denoise(moment, torch.cat([latents, latents]), self.both).chunk(2)
+        knobs = self.settings.knobs
+        run = Guided(
+            self.settings.guidance_scale, knobs["guidance_rescale"],
+            to_clean=lambda prediction: self.scheduler.to_clean(prediction, moment.time, latents),
+            from_clean=lambda clean: self.scheduler.from_clean(clean, moment.time, latents), memory=self.memory,
+        )  # fmt: skip
+        return GUIDANCES[knobs["guidance_method"]].combine(better, worse, run)
+
+    def change_scale(self, scale: float | None) -> None:
+        """Guides with another scale from now on.
+
+        Raises:
+            ValueError: it would begin in the middle of a run, which was prepared without an unconditional half.
+        """
+        if scale is None or scale == self.settings.guidance_scale:
+            return
+        if scale > 1 and self.both is self.conditional:
+            raise ValueError(
+                f"guidance_scale {scale} cannot begin in the middle of a run; begin it with guidance above 1"
+            )
+        self.settings = replace(self.settings, guidance_scale=scale)
 
 
 def sample_semantic(

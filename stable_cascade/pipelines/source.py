@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .inputs import SMALLEST_SIDE, check_size, is_number, whole
+from .inputs import SMALLEST_SIDE, check_size
+from .knobs import is_number, whole
 from .outputs import from_array, in_range, to_pixels
 from .sampling import Settings
 

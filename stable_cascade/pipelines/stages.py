@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from .control import ControlInput, run_control
 from .inputs import (
     Generators,
-    check_cache_interval,
     check_count,
     check_guidance,
     check_size,
@@ -23,8 +22,8 @@ from .inputs import (
     resolve_generator,
     seen_size,
     semantic_size,
-    whole,
 )
+from .knobs import checked, whole
 from .outputs import check_output_type, to_pictures
 from .prompts import PromptArguments, encode
 from .sampling import (
@@ -102,11 +101,9 @@ def embed_text(pipeline: Any, call: Call, *settings: Settings) -> Text:
 def stage_settings(
     steps: int,
     guidance_scale: float,
-    guidance_rescale: float,
-    guidance_interval: Sequence[float],
+    sampling: Mapping[str, Any],
     *,
     timesteps: Any = None,
-    cache_interval: int = 1,
     names: tuple[str, str] = ("num_inference_steps", "guidance_scale"),
 ) -> Settings:
     """How a stage is sampled, as a call says it; given times take the place of the number of steps.
@@ -114,29 +111,11 @@ def stage_settings(
     Raises:
         ValueError: a value that means nothing, under the name that the call has for it.
     """
-    steps, cache_interval = whole(steps), whole(cache_interval)
+    steps = whole(steps)
     check_steps(steps, names[0])
-    check_guidance(guidance_scale, guidance_rescale, guidance_interval, names[1])
-    check_cache_interval(cache_interval)
+    check_guidance(guidance_scale, names[1])
     times = None if timesteps is None else check_times(timesteps)
-    low, high = guidance_interval
-    return Settings(steps, guidance_scale, guidance_rescale, 1.0, (low, high), times, cache_interval)
-
-
-def two_settings(
-    prior_steps: int, prior_scale: float, steps: int, scale: float, rescale: float, interval: Sequence[float],
-    *, cache_interval: int = 1,
-) -> tuple[Settings, Settings]:  # fmt: skip
-    """Stage C's and Stage B's settings, as `StableCascadePipeline` names them."""
-    stages = (
-        (prior_steps, prior_scale, ("prior_num_inference_steps", "prior_guidance_scale")),
-        (steps, scale, ("num_inference_steps", "decoder_guidance_scale")),
-    )
-    prior, decoder = (
-        stage_settings(count, guidance, rescale, interval, cache_interval=cache_interval, names=names)
-        for count, guidance, names in stages
-    )
-    return prior, decoder
+    return Settings(steps, guidance_scale, timesteps=times, knobs=checked(sampling))
 
 
 def check_call(

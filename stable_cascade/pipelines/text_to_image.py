@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -18,6 +18,7 @@ from .decoder import StableCascadeDecoderPipeline
 from .folders import FromFolderMixin
 from .habits import OF_PRIOR, HabitsMixin, OtherName, with_diffusers_names
 from .inputs import default_side
+from .knobs import Sampling
 from .prior import StableCascadePriorPipeline
 from .prompts import EncodePromptMixin, PromptArguments
 from .references import image_conditions
@@ -32,7 +33,7 @@ from .stages import (
     embed_text,
     preview_pictures,
     rough,
-    two_settings,
+    stage_settings,
 )
 from .tiling import VAETilingMixin
 
@@ -111,7 +112,6 @@ class StableCascadePipeline(  # type: ignore[misc]
         control_guidance_start: float | Sequence[float] = 0.0, control_guidance_end: float | Sequence[float] = 1.0,
         prior_num_inference_steps: int = 20, prior_guidance_scale: float = 4.0,
         num_inference_steps: int = 10, decoder_guidance_scale: float = 1.1,
-        guidance_rescale: float = 0.7, guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None, prompt_embeds_pooled: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_prompt_embeds_pooled: Tensor | None = None,
@@ -122,6 +122,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Pictures for each prompt, `num_images_per_prompt` in a row.
 
@@ -140,13 +141,14 @@ class StableCascadePipeline(  # type: ignore[misc]
                 with that of each.
             controlnet_conditioning_scale: factor of the residuals; as the next two, one or a list for several.
             control_guidance_start, control_guidance_end: part of Stage C's steps in which a ControlNet acts.
-            guidance_interval: the times t (1 noise, 0 clean) of both stages within which guidance acts.
-            cache_interval: every so many steps of both stages run the whole network; those between run its outer half
-                of levels around what the last whole one made of the deeper half. 1 runs all; 2 is faster and rougher.
             generator: one for the batch, or one per image, which then looks the same alone or among others.
             latents: Stage C's noise to start from.
             preview: rough pictures from the previewer, without Stages B and A, at the previewer's own size.
             output_type: `pil`, `np`, `pt`, or `latent` for Stage A's latents (Stage C's in a preview).
+            sampling: of both stages, see `pipelines.knobs.Sampling`: `guidance_method`, `guidance_rescale` (0.7),
+                `guidance_interval`, the times t (1 noise, 0 clean) within which guidance acts, and `cache_interval`:
+                every so many steps run the whole network; those between run its outer half of levels around what the
+                last whole one made of the deeper half. 1 runs all; 2 is faster and rougher.
 
         Raises:
             ValueError: an argument that means nothing, in one line.
@@ -154,9 +156,13 @@ class StableCascadePipeline(  # type: ignore[misc]
         side = default_side(self.config["resolution_multiple"])
         source = read_source(image, mask_image, strength, height, width, side=side)
         check_call(self, source, latents, output_type, preview=preview)
-        prior_settings, settings = two_settings(
-            prior_num_inference_steps, prior_guidance_scale, num_inference_steps, decoder_guidance_scale,
-            guidance_rescale, guidance_interval, cache_interval=cache_interval,
+        prior_settings = stage_settings(
+            prior_num_inference_steps, prior_guidance_scale, sampling,
+            names=("prior_num_inference_steps", "prior_guidance_scale"),
+        )  # fmt: skip
+        settings = stage_settings(
+            num_inference_steps, decoder_guidance_scale, sampling,
+            names=("num_inference_steps", "decoder_guidance_scale"),
         )  # fmt: skip
         arguments = PromptArguments(
             prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,

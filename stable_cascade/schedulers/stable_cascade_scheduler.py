@@ -174,6 +174,21 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         log_snr = self.log_snr(timesteps).to(clean)
         return process.add_noise(clean, noise, log_snr, self.config["noising"])
 
+    def to_clean(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """The clean sample that a prediction at `timestep` implies. Shapes: (B, ...), scalar, (B, ...) -> (B, ...)."""
+        sample = _state(sample)
+        log_snr = self.log_snr(timestep).to(sample)
+        kind, noising = self.config["prediction_type"], self.config["noising"]
+        return process.to_clean(kind, model_output.to(sample), sample, log_snr, noising)
+
+    def from_clean(self, clean: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """The prediction at `timestep` that implies a clean sample; undoes `to_clean`."""
+        sample = _state(sample)
+        log_snr = self.log_snr(timestep).to(sample)
+        kind, noising = self.config["prediction_type"], self.config["noising"]
+        noise = process.to_noise("sample", clean.to(sample), sample, log_snr, noising)
+        return process.target(kind, clean.to(sample), noise, log_snr, noising)
+
     def step(
         self,
         model_output: Tensor,
