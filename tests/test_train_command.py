@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import yaml
 
 from stable_cascade.cli.main import main
 from stable_cascade.trainers import CONFIGS
-from stable_cascade.trainers.launch import launch_arguments, launch_configs
+from stable_cascade.trainers.launch import launch_arguments, launch_configs, run_launch
 from tests.trainer_runs import ROOT, assert_same, settings, train, write_cascade, write_config, write_pictures
 
 
@@ -77,6 +78,14 @@ def test_a_terminated_command_saves_as_its_training_does(tmp_path, cascade):
     assert [path.name[:5] for path in held] == ["step-"]
 
 
+def test_a_killed_training_is_named(tmp_path, monkeypatch, capfd):
+    (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the handlers would outlive the call
+    status = run_launch(["--config_file", str(launch_configs()["cpu"]), str(tmp_path / "dies.py")], {})
+    assert status == 128 + signal.SIGKILL
+    assert "error: the training was ended by SIGKILL" in capfd.readouterr().err
+
+
 def test_a_built_package_has_the_launch_configs(built):
     program = (
         "from stable_cascade.trainers.launch import launch_configs as f; print(*map(str, f().values()), sep='\\n')"
@@ -108,12 +117,23 @@ def test_check_prints_the_plan_of_each_trainer(tmp_path, cascade, trainer, capsy
         (["lora", "d.yaml"], "--config d.yaml: no such file; nearest: 'c.yaml'"),
         (["decoder", "c.yaml"], "it belongs to LoraConfig, not to DecoderConfig"),
         (["lora", "c.yaml", "--launch", "fsdp3"], "no launch config of the package; it has cpu, cpu_2proc, ddp"),
+        (
+            ["lora", "c.yaml", "--launch", "launch.yaml"],
+            "--launch launch.yaml: must be lines of the form `key: value`",
+        ),
+        (
+            ["lora", "c.yaml", "--launch", "cpu", "--processes", "2"],
+            "cpu.yaml starts one process; choose --launch ddp",
+        ),
+        (["lora", "c.yaml", "--launch", "deepspeed_zero2"], "accelerate was asked for DeepSpeed, whose engine"),
+        (["lora", "c.yaml", "--processes", "0"], "--processes 0 must be at least 1"),
         (["lora", "c.yaml", "--webdataset_path=none.tar", "--check"], "a training would stop, missing or wrong: data"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, cascade, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "c.yaml", settings("lora", tmp_path, cascade))
+    (tmp_path / "launch.yaml").write_text("- 1\n")
     assert main(["train", *arguments]) == 2
     told = capsys.readouterr().err
     assert told.startswith("stable-cascade train: error: ")

@@ -117,8 +117,8 @@ def _refuse_resolvers(key: str, value: Any, source: str) -> None:
                 raise ConfigError(f"{source}: {key}: {error}") from None
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The keys and values of a config file.
+def read_yaml(path: str, what: str = "--config") -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` is the option that names it.
 
     Raises:
         ConfigError: there is no such file, or it is not YAML of the form `key: value`.
@@ -131,7 +131,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         folder = Path(path).parent
         hint = _nearest(Path(path).name, [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else [])
-        raise ConfigError(f"--config {path}: no such file{hint}")
+        raise ConfigError(f"{what} {path}: no such file{hint}")
     # Read it within the limits on size and references, and resolve the references.
     try:
         text = read_text(path, at_most=LARGEST_CONFIG, what="config")
@@ -141,9 +141,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         loaded = OmegaConf.to_container(node, resolve=True)
     except (YAMLError, OSError, ValueError, OverflowError, RecursionError, OmegaConfBaseException) as error:
         reason = brief(str(error).replace(str(path), Path(path).name), 300)  # YAML's own errors name the file twice
-        raise ConfigError(f"--config {path}: not readable as YAML ({reason})") from error
+        raise ConfigError(f"{what} {path}: not readable as YAML ({reason})") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"--config {path}: must be lines of the form `key: value`")
+        raise ConfigError(f"{what} {path}: must be lines of the form `key: value`")
     return {str(key): value for key, value in loaded.items()}
 
 

@@ -6,9 +6,14 @@ import difflib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from stable_cascade.config.loading import read_yaml
+from stable_cascade.disk import local_path
+from stable_cascade.training.tracking import NO_DEEPSPEED
 
 PACKAGE = Path(__file__).parents[1]
 SEVERAL = ("ddp", "fsdp", "fsdp2")
@@ -40,10 +45,9 @@ def launch_arguments(
         sharded: the config says `use_fsdp`.
 
     Raises:
-        ValueError: there is no such launch config.
+        ValueError: there is no such launch config, it is none, or it cannot start so many processes.
     """
     import torch
-    import yaml
     from accelerate.commands.config.config_args import default_config_file
 
     # Choose the launch config.
@@ -51,7 +55,7 @@ def launch_arguments(
     if launch is None and not Path(default_config_file).is_file():
         alone = "cpu" if processes in (None, 1) else "cpu_2proc"
         launch = "fsdp2" if sharded else alone if not devices else "single_gpu" if devices == 1 else "ddp"
-    path = Path(default_config_file) if launch is None else named.get(launch, Path(launch))
+    path = Path(default_config_file) if launch is None else named.get(launch, local_path(launch))
     if not path.is_file():
         near = difflib.get_close_matches(str(launch), named, 1, 0.5)
         raise ValueError(
@@ -60,9 +64,18 @@ def launch_arguments(
         )
 
     # Fit it to this machine: accelerate stays on the CPU with several processes only if a variable says so.
+    settings = read_yaml(str(path), what="--launch")
+    if settings.get("distributed_type") == "DEEPSPEED":
+        raise ValueError(NO_DEEPSPEED)
     if processes is None and launch in SEVERAL:
         processes = max(devices, 1)
-    on_cpu = yaml.safe_load(path.read_text(encoding="utf-8")).get("use_cpu")
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes {processes} must be at least 1")
+    if (processes or 1) > 1 and settings.get("distributed_type", "NO") in ("NO", False):
+        raise ValueError(
+            f"--processes {processes}: {path.name} starts one process; choose --launch ddp or fsdp2, or cpu_2proc"
+        )
+    on_cpu = settings.get("use_cpu")
     options = ["--config_file", str(path), *(["--num_processes", str(processes)] if processes else [])]
     variables = {"ACCELERATE_USE_CPU": "true"} if on_cpu and "ACCELERATE_USE_CPU" not in os.environ else {}
     return [*options, "-m", f"stable_cascade.trainers.{trainer}", *arguments], variables
@@ -89,9 +102,14 @@ def run_launch(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args(list(arguments)))
     except subprocess.CalledProcessError as ended:
-        return ended.returncode
+        status = ended.returncode
     except ChildFailedError as ended:
-        return ended.get_first_failure()[1].exitcode
+        status = ended.get_first_failure()[1].exitcode
     except SignalException as ended:
-        return 128 + ended.sigval
-    return 0
+        status = -ended.sigval
+    else:
+        return 0
+    if status >= 0:
+        return status
+    sys.stderr.write(f"error: the training was ended by {signal.Signals(-status).name}\n")
+    return 128 - status
