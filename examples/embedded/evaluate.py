@@ -55,6 +55,7 @@ def generate(pipeline, prompts: list[str], arguments: argparse.Namespace, *, fir
             prior_num_inference_steps=arguments.prior_steps,
             prior_guidance_scale=arguments.prior_guidance_scale,
             num_inference_steps=arguments.steps,
+            guidance_method=arguments.guidance_method,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).images
@@ -245,6 +246,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="lora: how many prompts of each group")
     parser.add_argument("--prior_steps", type=int, default=20)
     parser.add_argument("--prior_guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_method", default="cfg")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
