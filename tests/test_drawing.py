@@ -29,7 +29,7 @@ FULL = Drawing(
     task="inpaint", prompt="red apple", negative_prompt="blurry", weighted=True, seed=7, height=64, width=128,
     prior_num_inference_steps=3, prior_guidance_scale=2.5, num_inference_steps=2, decoder_guidance_scale=1.0,
     guidance_method="apg", guidance_rescale=0.5, guidance_interval=(0.1, 0.9), cache_interval=2, sampler="ddim",
-    shift=1.5, strength=0.5,
+    guide_prior="small", shift=1.5, strength=0.5,
     loras=(LoraChoice("my_lora", 0.8, SUM),), image=InputFile("photo.png", SUM), mask_image=InputFile("mask.png"),
     images=(InputFile("a.png"), InputFile("b.png")), image_weights=(1.0, 0.5), preview=True, variant="bf16",
     controlnets=(ControlChoice("canny", InputFile("photo.png"), 0.7, 0.0, 0.6, True, "CannyFilter", SUM),),

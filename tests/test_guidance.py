@@ -8,6 +8,7 @@ import torch
 from stable_cascade.diffusion import guidance
 from stable_cascade.diffusion.guidance import GUIDANCES, Guided, project
 from stable_cascade.schedulers import StableCascadeScheduler
+from tests.tiny_cascade import tiny_prior
 from tests.tiny_pipelines import cascade
 
 
@@ -86,3 +87,49 @@ def test_an_unknown_method_is_refused():
         cascade()("red dog", guidance_method="pag")
     with pytest.raises(TypeError, match="argument 'guidance_methd'; did you mean 'guidance_method'"):
         cascade()("red dog", guidance_methd="apg")
+
+
+def drawn(**options):
+    generator = torch.Generator().manual_seed(0)
+    few = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "output_type": "pt"}
+    return cascade()("red dog", generator=generator, **few, **options).images
+
+
+def test_a_guide_that_is_the_prior_itself_changes_nothing():
+    """Autoguidance adds the difference to the worse prior: here none, whatever the scale."""
+    guided = drawn(prior_guidance_scale=5.0, guide_prior=cascade().prior)
+    torch.testing.assert_close(guided, drawn(prior_guidance_scale=1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_worse_prior_guides_where_guidance_acts():
+    guide = tiny_prior()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.mul_(0.9)
+    plain = drawn(prior_guidance_scale=1.0)
+    assert not torch.equal(drawn(prior_guidance_scale=3.0, guide_prior=guide), plain)
+    assert torch.equal(drawn(prior_guidance_scale=1.0, guide_prior=guide), plain)
+    never = {"guidance_interval": (0.0, 0.0), "decoder_guidance_scale": 1.0}
+    unguided = drawn(prior_guidance_scale=1.0, decoder_guidance_scale=1.0)
+    # Prompt and negative prompt are embedded in one batch, whose last bit is another.
+    torch.testing.assert_close(
+        drawn(prior_guidance_scale=3.0, guide_prior=guide, **never), unguided, atol=1e-4, rtol=0
+    )
+
+
+def test_what_is_no_prior_of_this_text_encoder_is_refused():
+    for guide in (tiny_prior(clip_text_in_channels=64), cascade().decoder, "prior"):
+        with pytest.raises(ValueError, match=f"guide_prior is a {type(guide).__name__} that does not read"):
+            drawn(guide_prior=guide)
+
+
+def test_the_command_draws_with_a_worse_prior_and_its_image_says_so(tmp_path):
+    from stable_cascade.cli.main import main
+    from stable_cascade.drawing import read_drawing
+    from stable_cascade.embedded import embedded_path
+
+    guide = str(embedded_path())
+    few = ["--steps", "2", "--decoder-steps", "1", "--output", str(tmp_path / "apple.png")]
+    assert not main(["generate", "red apple", "--guide-prior", guide, *few])
+    assert read_drawing(tmp_path / "apple.png").guide_prior == guide
+    assert main(["generate", "red apple", "--guide-prior", str(tmp_path / "none"), *few]) == 2

@@ -254,6 +254,8 @@ def settings_of(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[st
         values[f"reference_weight_{place}"] = weight
     lora_values, missing = _loras_back(drawing, known)
     control_values, more = _control_back(drawing, known)
+    if drawing.guide_prior is not None:
+        more = [*more, f"guide_prior {Path(drawing.guide_prior).name} is no setting of this page"]
     return values | lora_values | control_values, missing + more
 
 

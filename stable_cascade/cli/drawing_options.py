@@ -28,7 +28,8 @@ SIMPLE = {
     "weighted": "weighted", "seed": "seed", "height": "height", "width": "width", "steps": "prior_num_inference_steps",
     "guidance": "prior_guidance_scale", "decoder_steps": "num_inference_steps",
     "decoder_guidance": "decoder_guidance_scale", "sampler": "sampler", "shift": "shift", "strength": "strength",
-    "preview": "preview", **{knob.flag.replace("-", "_"): name for name, knob in KNOBS.items()},
+    "preview": "preview", "guide_prior": "guide_prior",
+    **{knob.flag.replace("-", "_"): name for name, knob in KNOBS.items()},
 }  # fmt: skip
 
 
@@ -80,6 +81,8 @@ def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
         options.add("--steps", type=int, help="of Stage C (default 20)")
         options.add("--guidance", type=float, help="of Stage C (default 4)")
         options.add("--shift", type=float, help="of Stage C's schedule; default: the model's, 2 as released")
+        options.add("--guide-prior", metavar="PLACE",
+                    help="file or folder of a worse prior: guide Stage C away from it (autoguidance)")  # fmt: skip
         options.add("--negative", metavar="TEXT", help="negative prompt")
         options.switch("--weighted", "read (words:1.3) in prompts")
     options.add("--decoder-steps", type=int, help="of Stage B (default 10)")

@@ -78,6 +78,33 @@ def load_pipeline(model: str, dtype: str, *, lite: bool = False, variant: str | 
     return StableCascadePipeline.from_pretrained(embedded_path() if model == "embedded" else model, **settings)
 
 
+def check_guide_prior(path: str) -> None:
+    """Passes for a file or folder that can be a prior.
+
+    Raises:
+        ValueError: there is none.
+    """
+    place = local_path(path)
+    if not place.is_file() and not any((folder / "config.json").is_file() for folder in (place, place / "prior")):
+        raise ValueError(f"guide_prior {quoted(path)} is no file and no folder of a prior or of a cascade")
+
+
+def load_guide_prior(path: str, dtype: torch.dtype) -> Any:
+    """A prior from a file, its own folder, or that of a cascade.
+
+    Raises:
+        ValueError: it cannot be read as one.
+    """
+    from stable_cascade import StableCascadePrior
+
+    check_guide_prior(path)
+    place = local_path(path)
+    if place.is_file():
+        return StableCascadePrior.from_single_file(place, torch_dtype=dtype)
+    own = place if (place / "config.json").is_file() else place / "prior"
+    return StableCascadePrior.from_pretrained(own, torch_dtype=dtype)
+
+
 def chosen_device(device: str | None) -> torch.device:
     """The device of that name, or CUDA where there is one.
 

@@ -119,6 +119,7 @@ class Drawing:
     guidance_rescale: float = KNOBS["guidance_rescale"].default
     guidance_interval: tuple[float, float] = KNOBS["guidance_interval"].default
     cache_interval: int = KNOBS["cache_interval"].default
+    guide_prior: str | None = None
     sampler: str | None = None
     shift: float | None = None
     strength: float | None = None
@@ -137,6 +138,8 @@ class Drawing:
         check_path("model", self.model)
         if self.variant is not None:
             check_text("variant", self.variant, 100)
+        if self.guide_prior is not None:
+            check_path("guide_prior", self.guide_prior)
         for name in ("lite", "weighted", "preview"):
             check_kind(name, getattr(self, name), bool)
         for name in ("prompt", "negative_prompt"):

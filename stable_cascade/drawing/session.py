@@ -18,7 +18,7 @@ from .calls import OnStep, callbacks, own_sampler, picture_arguments, sampling_a
 from .control import control_image, load_controlnet, shown_picture
 from .files import with_sums
 from .inputs import Inputs, Pictures, check_task, fitted, read_inputs, sized
-from .loading import check_model, chosen_device, load_pipeline, made_with
+from .loading import check_guide_prior, check_model, chosen_device, load_guide_prior, load_pipeline, made_with
 from .loras import LoraShelf, check_lora
 from .request import LARGEST_SEED, Drawing
 
@@ -73,6 +73,7 @@ class Session:
         self._pipeline: Any = None
         self._loras: LoraShelf | None = None
         self._controlnets: dict[tuple[str, str | None], Any] = {}
+        self._guide: tuple[str, Any] | None = None
         self._lock = threading.RLock()
 
     @property
@@ -180,6 +181,8 @@ class Session:
                     f"the drawing has {name} {getattr(drawing, name)!r}, this session {own!r}; make one for it"
                 )
         check_task(drawing, pictures)
+        if drawing.guide_prior is not None:
+            check_guide_prior(drawing.guide_prior)
         drawing = with_sums(drawing, skip=pictures.names(), allow_changed=allow_changed)
         for choice in drawing.loras:
             check_lora(choice)
@@ -211,6 +214,7 @@ class Session:
             self._use_controlnets(drawing, inputs)
             arguments = {**sampling_arguments(drawing), **told, **text_arguments(pipeline, drawing)}
             arguments |= picture_arguments(drawing, inputs) | self._control_arguments(drawing, inputs)
+            arguments["guide_prior"] = self._guide_prior(drawing)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             started = time.perf_counter()
             with own_sampler(pipeline, drawing):
@@ -221,6 +225,15 @@ class Session:
             Drawn(image, replace(drawing, seed=seed), seconds, known)
             for image, seed in zip(images, seeds, strict=True)
         ]
+
+    def _guide_prior(self, drawing: Drawing) -> Any:
+        """The worse prior that the drawing names, on the device; the last one stays loaded."""
+        if drawing.guide_prior is None:
+            self._guide = None
+        elif self._guide is None or self._guide[0] != drawing.guide_prior:
+            loaded = load_guide_prior(drawing.guide_prior, getattr(torch, self.dtype))
+            self._guide = drawing.guide_prior, loaded.to(self.device).eval()
+        return self._guide and self._guide[1]
 
     def _use_controlnets(self, drawing: Drawing, inputs: Inputs) -> None:
         """Gives the pipeline the drawing's ControlNets; the last few stay loaded."""

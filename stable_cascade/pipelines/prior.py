@@ -21,7 +21,7 @@ from .outputs import StableCascadePriorPipelineOutput, check_output_type
 from .prompts import EncodePromptMixin, PromptArguments, embed_images
 from .references import image_conditions
 from .source import read_source
-from .stages import begin, check_call, draw_semantic, embed_text, stage_settings
+from .stages import begin, check_call, check_guide, draw_semantic, embed_text, stage_settings
 
 
 class StableCascadePriorPipeline(  # type: ignore[misc]
@@ -89,6 +89,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         latents: Tensor | None = None, output_type: str = "pt", return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guide_prior: Any = None,
         **sampling: Unpack[Sampling],
     ) -> StableCascadePriorPipelineOutput | tuple[Any, ...]:  # fmt: skip
         """Semantic latents for each prompt, `num_images_per_prompt` in a row.
@@ -99,6 +100,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         Args:
             timesteps: falling times, the last one where the run ends, in place of `num_inference_steps` equal steps.
             latents: the noise to start from.
+            guide_prior: as in `StableCascadePipeline`.
             output_type: `pt` (or `latent`, the same), or `np` for arrays.
 
         Raises:
@@ -115,6 +117,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         )  # fmt: skip
         source.shortened(settings)  # refuses times beside a strength before anything is embedded
         call = begin(self, source, arguments, num_images_per_prompt, generator)
+        check_guide(self.prior, guide_prior, call.device)
         control = read_control(
             self, control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
             count=call.count,
@@ -125,7 +128,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         text = embed_text(self, call, settings)
         semantic = draw_semantic(
             self, self.scheduler, call, text, shown, settings, image_weights=image_weights,
-            latents=latents, control=control, on_step=on_step,
+            latents=latents, control=control, on_step=on_step, guide_prior=guide_prior,
         )  # fmt: skip
         self.maybe_free_model_hooks()
         values = (semantic, text.hidden, text.pooled, text.negative_hidden, text.negative_pooled)

@@ -128,6 +128,7 @@ def sample(
     on_step: OnStep | None = None,
     control: Sequence[Control] = (),
     kept: Kept | None = None,
+    worse: tuple[Any, Any] | None = None,
 ) -> Tensor:
     """The clean latents that the last step predicts, float32.
 
@@ -137,11 +138,12 @@ def sample(
         latents: noise, or latents noised to `settings.t_start`.
         control: residuals of ControlNets, which are summed; both halves of a guided batch get the same.
         kept: what inpainting keeps, put back after every step.
+        worse: a worse network and its conditions, to guide away from; `conditions` then hold B rows.
     """
     # The denoiser of this run, from the inside out.
     moments = _moments(scheduler, settings, latents.device)
     denoise = with_control(with_cache(plain(network), moments, settings, control), control)
-    guidance = Guidance(denoise, conditions, settings, scheduler, len(latents))
+    guidance = Guidance(denoise, conditions, settings, scheduler, len(latents), worse)
     state = clean = latents.float()
     if kept is not None:
         state = kept.noised(scheduler, state, moments[0].time)
@@ -249,22 +251,37 @@ def _summed(active: Sequence[Sequence[Tensor | None]], rows: int) -> list[Tensor
 
 
 class Guidance:
-    """A denoiser for one image a row: guided where guidance acts, with the conditions' first half alone elsewhere.
+    """A denoiser for one image a row: guided where guidance acts, with the conditions alone elsewhere.
+
+    It guides away from the prediction without the conditions, which are the second half of what it is given, or from
+    that of a worse network.
 
     Shapes: (B, C, h, w) -> (B, C, h, w), float32.
+
+    Source: Ho and Salimans 2022 (classifier-free guidance); Karras et al. 2024 (autoguidance), eq. 3.
     """
 
-    def __init__(self, denoise: Denoiser, conditions: Any, settings: Settings, scheduler: Any, rows: int) -> None:
-        self.denoise, self.settings, self.scheduler = denoise, settings, scheduler
+    def __init__(
+        self, denoise: Denoiser, conditions: Any, settings: Settings, scheduler: Any, rows: int,
+        worse: tuple[Any, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.denoise, self.settings, self.scheduler, self.worse = denoise, settings, scheduler, worse
         self.both = conditions
-        self.conditional = conditions.first(rows) if settings.guided else conditions
+        self.conditional = conditions.first(rows) if settings.guided and worse is None else conditions
         self.memory: dict[str, Any] = {}
 
     def __call__(self, moment: Moment, latents: Tensor) -> Tensor:
         """The prediction. Shapes: (B, C, h, w) -> the same."""
         if not self.settings.guides(moment.t):
             return self.denoise(moment, latents, self.conditional)
-        better, worse = self.denoise(moment, torch.cat([latents, latents]), self.both).chunk(2)
+        # The prediction and a worse one: of the same network in one batch, or of another network.
+        if self.worse is None:
+            better, worse = self.denoise(moment, torch.cat([latents, latents]), self.both).chunk(2)
+        else:
+            network, conditions = self.worse
+            better = self.denoise(moment, latents, self.conditional)
+            worse = plain(network)(moment, latents, conditions)
+        # Their combination, by the method that was chosen.
         knobs = self.settings.knobs
         run = Guided(
             self.settings.guidance_scale, knobs["guidance_rescale"],
@@ -281,7 +298,7 @@ class Guidance:
         """
         if scale is None or scale == self.settings.guidance_scale:
             return
-        if scale > 1 and self.both is self.conditional:
+        if scale > 1 and self.both is self.conditional and self.worse is None:
             raise ValueError(
                 f"guidance_scale {scale} cannot begin in the middle of a run; begin it with guidance above 1"
             )
@@ -297,19 +314,26 @@ def sample_semantic(
     settings: Settings,
     *,
     image_weights: Tensor | None = None,
+    guide_prior: Any = None,
     **run: Any,
 ) -> Tensor:
     """Stage C: semantic latents from text and, perhaps, embedded pictures.
 
     Shapes: noise (B, 16, h, w), image_embeds (B, n, D), image_weights (n,) -> (B, 16, h, w).
+
+    Args:
+        guide_prior: a worse prior, whose prediction takes the place of the one without conditions (autoguidance).
     """
-    if image_embeds is not None and settings.guided:
+    halves = settings.guided and guide_prior is None
+    if image_embeds is not None and halves:
         image_embeds = torch.cat([image_embeds, torch.zeros_like(image_embeds)])
+    given = (text.guided_pooled(halves), text.guided_hidden(halves), image_embeds, image_weights)
     bring_in(prior)
-    conditions = prior.encode_conditions(
-        text.guided_pooled(settings.guided), text.guided_hidden(settings.guided), image_embeds, image_weights
-    )
-    return sample(prior, scheduler, noise, conditions, settings, **run)
+    conditions = prior.encode_conditions(*given)
+    worse = None
+    if settings.guided and guide_prior is not None:
+        worse = (guide_prior, guide_prior.encode_conditions(*given))
+    return sample(prior, scheduler, noise, conditions, settings, worse=worse, **run)
 
 
 def sample_vq(

@@ -131,6 +131,25 @@ def check_call(
         raise ValueError("latents are noise to start from, and strength 0 starts from none; leave one of them out")
 
 
+def check_guide(prior: Any, guide_prior: Any, device: torch.device) -> None:
+    """Passes for None, and for a prior that reads what the pipeline's own reads, where it computes.
+
+    Raises:
+        ValueError: it is something else, or lies elsewhere.
+    """
+    if guide_prior is None:
+        return
+    keys = ("in_channels", "clip_text_in_channels", "clip_text_pooled_in_channels", "clip_image_in_channels")
+    is_prior = type(guide_prior) is type(prior)
+    if not is_prior or any(guide_prior.config[key] != prior.config[key] for key in keys):
+        raise ValueError(
+            f"guide_prior is a {type(guide_prior).__name__} that does not read what the prior reads; give a "
+            "StableCascadePrior of the same text encoder"
+        )
+    if guide_prior.device.type != device.type:
+        raise ValueError(f"guide_prior is on {guide_prior.device.type}, this call computes on {device.type}; move it")
+
+
 def control_size(pipeline: Any, height: int, width: int) -> tuple[tuple[int, int], int]:
     """Sides of a picture as image encoder and ControlNets see it, for a drawing of that size, and their stride.
 
@@ -167,6 +186,7 @@ def draw_semantic(
     latents: Tensor | None,
     control: Sequence[ControlInput],
     on_step: OnStep | None,
+    guide_prior: Any = None,
 ) -> Tensor:
     """Stage C: from noise, from the noised latents of the source, or, at strength 0, those latents themselves.
 
@@ -192,6 +212,7 @@ def draw_semantic(
     return sample_semantic(
         pipeline.prior, scheduler, start, text, image_embeds, source.shortened(settings), generator=call.generators,
         progress=call.progress, on_step=on_step, control=residuals, kept=kept, image_weights=weights,
+        guide_prior=guide_prior,
     )  # fmt: skip
 
 

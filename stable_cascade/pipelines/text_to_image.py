@@ -26,6 +26,7 @@ from .source import read_source
 from .stages import (
     begin,
     check_call,
+    check_guide,
     control_size,
     decode,
     draw_semantic,
@@ -122,6 +123,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guide_prior: Any = None,
         **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Pictures for each prompt, `num_images_per_prompt` in a row.
@@ -145,6 +147,8 @@ class StableCascadePipeline(  # type: ignore[misc]
             latents: Stage C's noise to start from.
             preview: rough pictures from the previewer, without Stages B and A, at the previewer's own size.
             output_type: `pil`, `np`, `pt`, or `latent` for Stage A's latents (Stage C's in a preview).
+            guide_prior: a worse prior (a smaller one, an early checkpoint) on the same device: Stage C is guided away
+                from its prediction, instead of from that without text (autoguidance).
             sampling: of both stages, see `pipelines.knobs.Sampling`: `guidance_method`, `guidance_rescale` (0.7),
                 `guidance_interval`, the times t (1 noise, 0 clean) within which guidance acts, and `cache_interval`:
                 every so many steps run the whole network; those between run its outer half of levels around what the
@@ -169,6 +173,7 @@ class StableCascadePipeline(  # type: ignore[misc]
             negative_prompt_embeds_pooled,
         )  # fmt: skip
         call = begin(self, source, arguments, num_images_per_prompt, generator)
+        check_guide(self.prior, guide_prior, call.device)
         control = read_control(
             self, control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
             count=call.count,
@@ -181,7 +186,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         text = embed_text(self, call, prior_settings, settings)
         semantic = draw_semantic(
             self, self.prior_scheduler, call, text, shown, prior_settings, image_weights=image_weights,
-            latents=latents, control=control, on_step=prior_on_step,
+            latents=latents, control=control, on_step=prior_on_step, guide_prior=guide_prior,
         )  # fmt: skip
         if preview:
             result = rough(self.previewer, semantic, output_type)
