@@ -11,13 +11,11 @@ from typing import Any, NoReturn
 
 import stable_cascade
 from stable_cascade.cli.app import add_app
-from stable_cascade.cli.cache import add_cache
 from stable_cascade.cli.conversion import add_convert
 from stable_cascade.cli.drawing import DRAWING_COMMANDS
-from stable_cascade.cli.estimate import add_estimate
 from stable_cascade.cli.inspection import add_inspect
 from stable_cascade.cli.publish import add_publish
-from stable_cascade.cli.train import add_train
+from stable_cascade.cli.train import add_cache, add_estimate, add_train
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief
 
