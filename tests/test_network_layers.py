@@ -6,6 +6,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from stable_cascade.models.layers import DoublingConv2d, TiledConv2d
+from tests.test_lora import inputs
+from tests.tiny_cascade import tiny_prior
 
 LAYERS = {
     "pixels": (lambda: TiledConv2d(5, 7, 1), lambda: nn.Conv2d(5, 7, 1)),
@@ -64,3 +66,26 @@ def test_adapters_add_what_they_add_to_torchs_layer(kind):
                     parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
         outputs.append(network(image()))
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash"])
+def test_attention_is_computed_by_the_kernel_that_was_chosen(backend):
+    network, given = tiny_prior(), inputs()
+    expected = network(**given).sample
+    network.set_attention_backend(backend)
+    with torch.profiler.profile() as profile:
+        sample = network(**given).sample
+    torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-5)
+    flash = any("flash" in event.key for event in profile.key_averages())
+    assert flash is (backend != "_native_math")
+    network.reset_attention_backend()
+    assert torch.equal(network(**given).sample, expected)
+
+
+@pytest.mark.parametrize(("backend", "said"), [
+    ("sage", "'sage' is not one of torch's own: native, "), ("flash", "is not one of torch's own"),
+    ("_native_efficient", "'_native_efficient' does not run on cpu in float32; native always does"),
+])  # fmt: skip
+def test_a_kernel_that_cannot_run_is_refused(backend, said):
+    with pytest.raises(ValueError, match=said):
+        tiny_prior().set_attention_backend(backend)

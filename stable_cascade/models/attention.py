@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layers import WideLinear, is_plain, saturate
 
@@ -54,12 +56,64 @@ def _in_a_row(parts: list[Tensor]) -> bool:
     return True
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attended: Tensor | None = None) -> Tensor:
+BACKENDS: Mapping[str, SDPBackend | None] = {
+    "native": None,
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_math": SDPBackend.MATH,
+}
+"""torch's kernels of attention under diffusers' names; with `native` torch chooses for every call."""
+
+
+def _kernel(backend: SDPBackend | None) -> AbstractContextManager:
+    return nullcontext() if backend is None else sdpa_kernel(backend)
+
+
+class AttentionBackendMixin:
+    """`set_attention_backend` of diffusers for networks with our attention."""
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Computes attention by one of torch's kernels: a name of `BACKENDS`, `native` for torch's own choice.
+
+        Raises:
+            ValueError: no such backend, one that is not torch's, or one that does not run on this network's device
+                and type.
+        """
+        network: Any = self
+        if backend not in BACKENDS:
+            raise ValueError(f"attention backend '{backend}' is not one of torch's own: {', '.join(BACKENDS)}")
+        # Tried once, since torch would refuse only in the middle of a forward.
+        probe = torch.zeros(1, 1, 8, 64, device=network.device, dtype=network.dtype)
+        try:
+            with _kernel(BACKENDS[backend]):
+                F.scaled_dot_product_attention(probe, probe, probe)
+        except RuntimeError:
+            raise ValueError(
+                f"attention backend '{backend}' does not run on {network.device} in "
+                f"{str(network.dtype).removeprefix('torch.')}; native always does"
+            ) from None
+        for module in network.modules():
+            if isinstance(module, SDCascadeAttention):
+                module.backend = BACKENDS[backend]
+
+    def reset_attention_backend(self) -> None:
+        """Leaves the choice of the kernel to torch again."""
+        self.set_attention_backend("native")
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, attended: Tensor | None = None,
+    backend: SDPBackend | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(query key^T / sqrt(d)) value, with dropout on the probabilities.
 
     Shapes: (B, heads, N, d), (B, heads, L, d) twice, `attended` (B, L) bool -> (B, heads, N, d).
     """
     mask = None if attended is None else attended[:, None, None]
+    if backend is not None:
+        with _kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     if query.device.type == "cpu" and query.requires_grad and (query.dtype is torch.bfloat16 or dropout > 0):
         # The fused kernel's backward takes twice as long on a CPU in bfloat16, and knows no dropout there.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
@@ -76,6 +130,7 @@ class SDCascadeAttention(nn.Module):
         if heads < 1 or c % heads:
             raise ValueError(f"num_attention_heads {heads} does not divide the {c} channels of a level with attention")
         self.heads, self.dropout = heads, dropout
+        self.backend: SDPBackend | None = None
         self.to_q = nn.Linear(c, c)
         self.to_k = nn.Linear(c, c)
         self.to_v = nn.Linear(c, c)
@@ -117,7 +172,7 @@ class SDCascadeAttention(nn.Module):
                 query = self._split(self.to_q(tokens))
         # Attention per head, then the heads side by side again.
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0, attended)
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0, attended, self.backend)
         return saturate(self.to_out[0](mixed.transpose(1, 2).flatten(2)))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
+from .attention import AttentionBackendMixin
 from .conditioning import (
     StableCascadeUNetOutput,
     as_sequence,
@@ -34,7 +35,7 @@ PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
 
 
-class StableCascadeDecoder(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage B's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the larger released one (the guide's "3B"). `num_attention_heads` may be 0 or -1 on a level

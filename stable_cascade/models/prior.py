@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
+from .attention import AttentionBackendMixin
 from .clip import attended_tokens
 from .conditioning import (
     StableCascadeUNetOutput,
@@ -35,7 +36,7 @@ TEXT_TOKENS = 77
 LAYER = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
 
 
-class StableCascadePrior(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class StableCascadePrior(AttentionBackendMixin, PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage C's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the released 3.6B. `num_attention_heads` may be 0 or -1 on a level without attention;
