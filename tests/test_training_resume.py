@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,25 @@ def test_running_statistics_are_kept(tmp_path):
     toy_train(toy_config(tmp_path / "parts"), WithStatistics())
     parts = toy_config(tmp_path / "parts", experiment_id="b", resume=tmp_path / "parts/runs/toy/step-00000008")
     assert_same(saved(toy_train(parts, WithStatistics()).export), saved(whole.export))
+
+
+def test_each_field_says_whether_a_resumed_run_may_change_it(tmp_path):
+    """Changed alone, a key is refused by its name, unless its field says that it is free."""
+    from stable_cascade.config.fields import settings_of
+    from stable_cascade.training.checkpoints import read_checkpoint
+
+    config = toy_config(tmp_path, updates=2)
+    toy_train(config)
+    refused = {}
+    for key, value in vars(config).items():
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
+        try:
+            read_checkpoint(tmp_path / "runs/toy/step-00000002", replace(config, **{key: other}))
+        except ValueError as error:
+            refused[key] = str(error)
+    assert refused.keys() == {key for key, known in settings_of(type(config)).items() if known.resume == "fixed"}
+    assert {"batch_size", "lr", "seed"} <= refused.keys()
+    assert all(f"{key} was " in told for key, told in refused.items())
 
 
 def test_rotation_keeps_the_newest_and_the_backups(tmp_path):

@@ -141,7 +141,10 @@ def _stage_a_rule(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "quantize_share" not in values:
         return
     if values["use_fsdp"]:
-        yield "use_fsdp", "is not for Stage A, which is small; launch with accelerate_configs/ddp.yaml"
+        yield (
+            "use_fsdp",
+            "is not for Stage A, which is small; launch it with `--launch ddp` (accelerate_configs/ddp.yaml)",
+        )
     if values["discriminator_lr"] is not None and not values["adversarial_weight"]:
         yield "discriminator_lr", "needs adversarial_weight above 0: without it there is no discriminator"
 
