@@ -163,14 +163,14 @@ def live_encoders(scale: Scale) -> Callable[[], tuple[Tensor, Tensor, Tensor, Te
     """The released encoders at their real size, which a prior of any size is trained with; random weights."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    from stable_cascade import StableCascadeImageEncoder
+    from stable_cascade import StableCascadeSemanticEncoder
 
     config = CLIPTextConfig(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
         hidden_act="gelu", vocab_size=49408,
     )  # fmt: skip
     text = ready(CLIPTextModelWithProjection(config), scale)
-    encoder = ready(StableCascadeImageEncoder(**PRESETS["image_encoder"]["released"]), scale)
+    encoder = ready(StableCascadeSemanticEncoder(**PRESETS["semantic_encoder"]["released"]), scale)
     side = PIXELS_PER_LATENT * scale.semantic
     pixels = torch.rand(1, 3, side, side, device=scale.device)
     image = torch.zeros(1, 1, 768, device=scale.device, dtype=scale.dtype)

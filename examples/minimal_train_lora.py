@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from stable_cascade import StableCascadeImageEncoder, StableCascadePrior
+from stable_cascade import StableCascadePrior, StableCascadeSemanticEncoder
 from stable_cascade.adapters import add_learned_tokens, add_lora, save_lora
 from stable_cascade.config import LoraConfig, load_config, run_main
 from stable_cascade.data import index_samples, training_batches
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     # the text encoder makes what it draws them from. Both stay as they are.
     name = config.pretrained_model_name_or_path
     folder = Path(embedded_path() if name == "embedded" else name or "")
-    encoder = StableCascadeImageEncoder.from_pretrained(folder / "semantic_encoder").requires_grad_(False).eval()
+    encoder = StableCascadeSemanticEncoder.from_pretrained(folder / "semantic_encoder").requires_grad_(False).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     dtype = getattr(torch, config.dtype)
     text_encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=dtype)

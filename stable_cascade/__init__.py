@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from .models import (
         StableCascadeControlNet,
         StableCascadeDecoder,
-        StableCascadeImageEncoder,
         StableCascadeMultiControlNet,
         StableCascadePreviewer,
         StableCascadePrior,
+        StableCascadeSemanticEncoder,
         StableCascadeUNet,
         StableCascadeVQGAN,
     )
@@ -55,7 +55,6 @@ __all__ = [
     "StableCascadeControlNet",
     "StableCascadeDecoder",
     "StableCascadeDecoderPipeline",
-    "StableCascadeImageEncoder",
     "StableCascadeMultiControlNet",
     "StableCascadePipeline",
     "StableCascadePreviewer",
@@ -63,6 +62,7 @@ __all__ = [
     "StableCascadePriorPipeline",
     "StableCascadeReconstructionPipeline",
     "StableCascadeScheduler",
+    "StableCascadeSemanticEncoder",
     "StableCascadeUNet",
     "StableCascadeVQGAN",
     "__version__",

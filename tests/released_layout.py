@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stable_cascade.models import PRESETS, StableCascadeImageEncoder, StableCascadePreviewer
+from stable_cascade.models import PRESETS, StableCascadePreviewer, StableCascadeSemanticEncoder
 from tests.tiny_cascade import MULTIPLE, seeded, tiny_decoder, tiny_parts, tiny_prior
 
 
@@ -23,7 +23,7 @@ def released_folders(target: Path) -> tuple[Path, Path, dict[str, Any]]:
     parts = tiny_parts()
     # Single files without a config: of sizes that their shapes tell.
     for name, preset, cls in (
-        ("semantic_encoder", "image_encoder", StableCascadeImageEncoder),
+        ("semantic_encoder", "semantic_encoder", StableCascadeSemanticEncoder),
         ("previewer", "previewer", StableCascadePreviewer),
     ):
         parts[name] = seeded(lambda cls=cls, preset=preset: cls(**PRESETS[preset]["embedded"]))

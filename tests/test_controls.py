@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stable_cascade import StableCascadeImageEncoder
+from stable_cascade import StableCascadeSemanticEncoder
 from stable_cascade.controls import check_filter, control_picture, make_filter
 from stable_cascade.diffusion.noise import sample_generators
 from tests.tiny_cascade import ENCODER, seeded
@@ -41,7 +41,7 @@ def generators(seeds=SEEDS):
 
 def image_encoder():
     """The real image encoder at a tiny size: latents of an eighth of the sides."""
-    encoder = seeded(lambda: StableCascadeImageEncoder(**ENCODER)).eval().requires_grad_(False)
+    encoder = seeded(lambda: StableCascadeSemanticEncoder(**ENCODER)).eval().requires_grad_(False)
     return lambda pixels: encoder(pixels)
 
 

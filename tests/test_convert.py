@@ -27,10 +27,10 @@ from tests.tiny_cascade import ENCODER, PRIOR, tiny_parts
 
 PARTS = tiny_parts()
 NETWORKS = {
-    "prior": "prior", "decoder": "decoder", "vqgan": "vqgan", "image_encoder": "semantic_encoder",
+    "prior": "prior", "decoder": "decoder", "vqgan": "vqgan", "semantic_encoder": "semantic_encoder",
     "previewer": "previewer",
 }  # fmt: skip
-CLIP = {"text_encoder": "text_encoder", "clip_image_encoder": "image_encoder"}
+CLIP = {"text_encoder": "text_encoder", "image_encoder": "image_encoder"}
 
 
 def state(component):
@@ -116,7 +116,7 @@ def test_openclip_by_its_rules():
     hidden = torch.randn(3, 32)
     assert torch.allclose(hidden @ theirs["text_projection"], hidden @ ours["text_projection.weight"].t(), atol=1e-6)
     assert torch.equal(theirs["positional_embedding"], ours["text_model.embeddings.position_embedding.weight"])
-    assert "visual.proj" in to_openclip(state("clip_image_encoder"), "clip_image_encoder")
+    assert "visual.proj" in to_openclip(state("image_encoder"), "image_encoder")
     weights, constants = from_any(theirs | {"logit_scale": torch.ones(())}, "text_encoder")
     assert same(weights, ours)
     assert list(constants) == ["logit_scale"]
@@ -154,20 +154,20 @@ def test_checkpoints_as_comfyui_saves_them(tmp_path):
         merged[NETWORK + name.replace(".attention.to_", ".attention.attn.to_")] = value
     merged |= {f"text_encoder.clip_g.transformer.{name}": value for name, value in state("text_encoder").items()}
     merged |= {"text_encoder.clip_g.logit_scale": torch.tensor(4.6)}
-    merged |= {f"vae.encoder.{name}": value for name, value in state("image_encoder").items()}
+    merged |= {f"vae.encoder.{name}": value for name, value in state("semantic_encoder").items()}
     merged |= {"vae.encoder.mean": torch.tensor([0.485, 0.456, 0.406]).half()}
     header = write_configs({"text_encoder": PARTS["text_encoder"].config.to_dict()})
     save_file(merged, tmp_path / "c.safetensors", {"prompt": "{}"} | header)
     report = convert_networks(tmp_path / "c.safetensors", tmp_path / "out", "original")
     assert same(load_file(tmp_path / "out" / "stage_c.safetensors"), to_original(state("prior"), "prior"))
-    assert same(load_file(tmp_path / "out" / "effnet_encoder.safetensors"), state("image_encoder"))
-    assert set(report.left) == {"image_encoder mean", "text_encoder logit_scale"}
-    assert "not carried over: image_encoder mean, text_encoder logit_scale" in str(report)
+    assert same(load_file(tmp_path / "out" / "effnet_encoder.safetensors"), state("semantic_encoder"))
+    assert set(report.left) == {"semantic_encoder mean", "text_encoder logit_scale"}
+    assert "not carried over: semantic_encoder mean, text_encoder logit_scale" in str(report)
     assert metadata(tmp_path / "out" / "stage_c.safetensors")["prompt"] == "{}"
     vae = {name.removeprefix("vae."): value for name, value in merged.items() if name.startswith("vae.")}
-    assert list(split_checkpoint(vae).parts) == ["image_encoder"]
+    assert list(split_checkpoint(vae).parts) == ["semantic_encoder"]
     with pytest.raises(ValueError, match="the image encoder's pixel mean is"):
-        to_ours(state("image_encoder") | {"mean": torch.zeros(3)}, "image_encoder")
+        to_ours(state("semantic_encoder") | {"mean": torch.zeros(3)}, "semantic_encoder")
 
 
 @pytest.mark.parametrize(

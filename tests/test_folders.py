@@ -11,11 +11,11 @@ from stable_cascade import (
     StableCascadeCombinedPipeline,
     StableCascadeDecoder,
     StableCascadeDecoderPipeline,
-    StableCascadeImageEncoder,
     StableCascadePipeline,
     StableCascadePrior,
     StableCascadePriorPipeline,
     StableCascadeReconstructionPipeline,
+    StableCascadeSemanticEncoder,
     StableCascadeUNet,
 )
 from stable_cascade.embedded import embedded_path
@@ -53,7 +53,7 @@ def test_released_folders_with_all_that_lies_beside_them(released):
     first, _, parts = released
     whole = StableCascadePipeline.from_pretrained(first)
     assert whole.controlnet is None
-    assert isinstance(whole.semantic_encoder, StableCascadeImageEncoder)
+    assert isinstance(whole.semantic_encoder, StableCascadeSemanticEncoder)
     assert whole.previewer is not None
     assert whole.image_encoder is not None
     assert (whole.prior_scheduler.config.shift, whole.scheduler.config.shift) == (2.0, 1.0)
@@ -150,8 +150,8 @@ def files(released, tmp_path_factory):
     state = {
         name: part.state_dict() for name, part in parts.items() if name != "tokenizer" and hasattr(part, "state_dict")
     }
-    c = {"prior": "prior", "text_encoder": "text_encoder", "image_encoder": "semantic_encoder",
-         "previewer": "previewer", "clip_image_encoder": "image_encoder"}  # fmt: skip
+    c = {"prior": "prior", "text_encoder": "text_encoder", "semantic_encoder": "semantic_encoder",
+         "previewer": "previewer", "image_encoder": "image_encoder"}  # fmt: skip
     save_file(merge_checkpoint({name: state[part] for name, part in c.items()}), folder / "comfy_c.safetensors")
     b = merge_checkpoint({name: state[name] for name in ("decoder", "text_encoder", "vqgan")})
     save_file(b, folder / "comfy_b.safetensors")

@@ -54,7 +54,7 @@ def test_names_are_those_of_diffusers_own_converter(component):
 
 def test_components_with_the_same_names():
     state = {"backbone.0.0.weight": torch.zeros(2), "projections.0.2.weight": torch.zeros(3)}
-    for component in ("image_encoder", "previewer", "controlnet"):
+    for component in ("semantic_encoder", "previewer", "controlnet"):
         assert same(from_original(state, component), state)
         assert same(to_original(state, component), state)
     assert set(KEY_MAPS) == set(PRESETS)

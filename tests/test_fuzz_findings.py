@@ -227,7 +227,7 @@ def test_a_sound_pickle_is_read(tmp_path):
 
 def test_a_vision_encoder_without_its_first_layer(tmp_path):
     save_file({"clip_l_vision.vision_model.post_layernorm.bias": torch.zeros(8)}, tmp_path / "clip.safetensors")
-    assert describe(tmp_path / "clip.safetensors").component == "clip_image_encoder"
+    assert describe(tmp_path / "clip.safetensors").component == "image_encoder"
 
 
 PAIR = {"weights.0.lora_down": torch.zeros(2, 16), "weights.0.lora_up": torch.zeros(16, 2)}

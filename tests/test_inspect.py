@@ -24,8 +24,8 @@ from tests.tiny_cascade import tiny_parts, tiny_prior
 
 PARTS = tiny_parts()
 NETWORKS = {
-    "prior": "prior", "decoder": "decoder", "vqgan": "vqgan", "image_encoder": "semantic_encoder",
-    "previewer": "previewer", "text_encoder": "text_encoder", "clip_image_encoder": "image_encoder",
+    "prior": "prior", "decoder": "decoder", "vqgan": "vqgan", "semantic_encoder": "semantic_encoder",
+    "previewer": "previewer", "text_encoder": "text_encoder", "image_encoder": "image_encoder",
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_the_table_of_sizes_of_clip():
     ("section", "component", "size"),
     [
         ("vqgan", "vqgan", "released"),
-        ("image_encoder", "image_encoder", "released"),
+        ("semantic_encoder", "semantic_encoder", "released"),
         ("previewer", "previewer", "released"),
         ("controlnet identity", "controlnet", "identity"),
         ("controlnet super_resolution", "controlnet", "super_resolution"),
@@ -124,18 +124,18 @@ def test_whose_names_a_network_has(component, tmp_path):
 
 
 def test_a_comfyui_checkpoint_and_its_parts(tmp_path):
-    stage_c = ("prior", "text_encoder", "image_encoder", "previewer", "clip_image_encoder")
+    stage_c = ("prior", "text_encoder", "semantic_encoder", "previewer", "image_encoder")
     merged = merge_checkpoint({name: state(name) for name in stage_c})
     found = describe(written(tmp_path, merged | {"something.else": torch.zeros(2)}))
     assert (found.kind, found.format) == ("checkpoint", "comfyui")
     assert {part.component for part in found.parts} == set(stage_c)
     assert "1 tensors belong to none of these, first: 'something.else'" in found.notes
-    assert "a ComfyUI checkpoint of prior, image_encoder" in str(found)
+    assert "a ComfyUI checkpoint of prior, semantic_encoder" in str(found)
     vae = {name.removeprefix("vae."): value for name, value in merged.items() if name.startswith("vae.")}
-    assert [part.component for part in describe(written(tmp_path, vae)).parts] == ["image_encoder", "previewer"]
+    assert [part.component for part in describe(written(tmp_path, vae)).parts] == ["semantic_encoder", "previewer"]
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "clip_image_encoder"])
+@pytest.mark.parametrize("component", ["text_encoder", "image_encoder"])
 def test_openclip_names(component, tmp_path):
     found = describe(written(tmp_path, to_openclip(state(component), component)))
     assert (found.component, found.format) == (component, "openclip")

@@ -15,8 +15,8 @@ from stable_cascade.models.clip import TextEmbedder
 from stable_cascade.objectives.autoencoding import (
     EncoderWithPreviewer,
     edge_loss,
-    image_encoder_loss,
     reconstruction_loss,
+    semantic_encoder_loss,
 )
 from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
 from stable_cascade.objectives.decoder import decoder_loss, semantic_noise, shrink
@@ -270,13 +270,13 @@ class FirstChannels(torch.nn.Module):
         return F.interpolate(latents[:, :3], scale_factor=8)
 
 
-def test_image_encoder_loss_has_noise_between_encoder_and_previewer():
+def test_semantic_encoder_loss_has_noise_between_encoder_and_previewer():
     model = EncoderWithPreviewer(PARTS["semantic_encoder"], FirstChannels())
-    still = image_encoder_loss(model, pixels(), SEEDS, stride=8, latent_noise=0.0)["loss"]
+    still = semantic_encoder_loss(model, pixels(), SEEDS, stride=8, latent_noise=0.0)["loss"]
     rebuilt = FirstChannels()(PARTS["semantic_encoder"](pixels()))
     assert torch.allclose(still, reconstruction_loss(rebuilt, pixels(), square=2.0, edges=0.3), atol=1e-6)
-    whole = image_encoder_loss(model, pixels(), SEEDS, stride=8)["loss"]
-    parts = [image_encoder_loss(model, pixels()[i : i + 2], SEEDS[i : i + 2], stride=8)["loss"] for i in (0, 2)]
+    whole = semantic_encoder_loss(model, pixels(), SEEDS, stride=8)["loss"]
+    parts = [semantic_encoder_loss(model, pixels()[i : i + 2], SEEDS[i : i + 2], stride=8)["loss"] for i in (0, 2)]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
     assert (whole - still).abs().min() > 1e-3
 

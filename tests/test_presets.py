@@ -8,22 +8,22 @@ from safetensors.torch import save_file
 
 from stable_cascade.models.controlnet import StableCascadeControlNet
 from stable_cascade.models.decoder import StableCascadeDecoder
-from stable_cascade.models.image_encoder import StableCascadeImageEncoder
 from stable_cascade.models.loading import single_file_config
 from stable_cascade.models.presets import PRESETS, preset
 from stable_cascade.models.previewer import StableCascadePreviewer
+from stable_cascade.models.semantic_encoder import StableCascadeSemanticEncoder
 from stable_cascade.models.vqgan import StableCascadeVQGAN
 from tests.released_keys import released_keys
 
 CLASSES = {
     "vqgan": StableCascadeVQGAN,
-    "image_encoder": StableCascadeImageEncoder,
+    "semantic_encoder": StableCascadeSemanticEncoder,
     "previewer": StableCascadePreviewer,
     "controlnet": StableCascadeControlNet,
 }
 PARAMETERS = {
     ("vqgan", "released"): (18_406_894, 9, 122),
-    ("image_encoder", "released"): (20_197_968, 154_015, 784),
+    ("semantic_encoder", "released"): (20_197_968, 154_015, 784),
     ("previewer", "released"): (3_979_651, 4_104, 58),
     ("controlnet", "canny"): (54_255_776, 153_982, 796),
     ("controlnet", "inpainting"): (54_256_424, 153_982, 796),
@@ -49,7 +49,9 @@ def expected_keys(component, version):
         return released_keys(component)
     keys = released_keys(f"controlnet {version}")
     if PRESETS[component][version]["bottleneck"] == "effnet":
-        features = {key: shape for key, shape in released_keys("image_encoder").items() if key.startswith("backbone")}
+        features = {
+            key: shape for key, shape in released_keys("semantic_encoder").items() if key.startswith("backbone")
+        }
         keys = features | keys
     return keys
 
@@ -75,7 +77,7 @@ def test_prior_and_decoder_presets_are_configs_of_diffusers(component, version):
 
 def test_embedded_networks_fit_each_other():
     prior, decoder = preset("prior", "embedded"), preset("decoder", "embedded")
-    encoder = StableCascadeImageEncoder(**preset("image_encoder", "embedded")).eval()
+    encoder = StableCascadeSemanticEncoder(**preset("semantic_encoder", "embedded")).eval()
     vqgan = StableCascadeVQGAN(**preset("vqgan", "embedded")).eval()
     previewer = StableCascadePreviewer(**preset("previewer", "embedded")).eval()
     with torch.no_grad():

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from stable_cascade.models.controlnet import StableCascadeControlNet
-from stable_cascade.models.image_encoder import StableCascadeImageEncoder
 from stable_cascade.models.presets import preset
 from stable_cascade.models.previewer import StableCascadePreviewer
+from stable_cascade.models.semantic_encoder import StableCascadeSemanticEncoder
 from tests.golden import assert_matches, entry, fill, tensors
 
 FEATURES = {
@@ -142,7 +142,7 @@ def test_controlnet_saves_and_loads(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_controlnet_starts_from_the_image_encoder(channels):
-    encoder = StableCascadeImageEncoder(**FEATURES)
+    encoder = StableCascadeSemanticEncoder(**FEATURES)
     model = StableCascadeControlNet(channels, 10, [0], "effnet", FEATURES)
     model.load_backbone(encoder.backbone)
     stem, source = model.backbone[0][0].weight, encoder.backbone[0][0].weight
@@ -153,7 +153,7 @@ def test_controlnet_starts_from_the_image_encoder(channels):
 
 
 def test_controlnet_does_not_start_from_another_backbone():
-    encoder = StableCascadeImageEncoder(**FEATURES)
+    encoder = StableCascadeSemanticEncoder(**FEATURES)
     with pytest.raises(ValueError, match="only 'effnet' can start from image features"):
         StableCascadeControlNet(3, 10, [0], "simple").load_backbone(encoder.backbone)
     wider = StableCascadeControlNet(3, 10, [0], "effnet", FEATURES | {"head_width": 24})

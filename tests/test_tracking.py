@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from stable_cascade.config import ImageEncoderConfig, load_config, run_main
+from stable_cascade.config import SemanticEncoderConfig, load_config, run_main
 from stable_cascade.data import index_samples
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training import preview_sheet
@@ -203,7 +203,7 @@ def files_with_secrets(folder: Path) -> list[str]:
 
 def train_from_shards() -> None:
     """What the tests run as a process of its own: indexes real shards, then trains the toy."""
-    config = load_config(ImageEncoderConfig)
+    config = load_config(SemanticEncoderConfig)
     index = index_samples(config.webdataset_path, cache_dir=config.cache_dir)
     print(f"the first of {len(index)} samples is {index.key(0)}")
     toy_train(config, after_step=None)
@@ -250,7 +250,7 @@ def test_no_file_and_no_line_of_a_training_holds_a_credential(tmp_path, server):
 
 def test_errors_hold_no_credentials(tmp_path, capsys):
     config = load_config(
-        ImageEncoderConfig,
+        SemanticEncoderConfig,
         arguments_of(tmp_path, "http://me:hunter2@127.0.0.1:9/x.tar?X-Amz-Signature=0ddba11", updates=1),
     )
     with pytest.raises(SystemExit):
@@ -262,7 +262,7 @@ def test_errors_hold_no_credentials(tmp_path, capsys):
 
 def test_another_data_address_is_still_another_setting(tmp_path):
     def train(place: str, updates: int) -> None:
-        toy_train(load_config(ImageEncoderConfig, arguments_of(tmp_path, place, updates=updates)), after_step=None)
+        toy_train(load_config(SemanticEncoderConfig, arguments_of(tmp_path, place, updates=updates)), after_step=None)
 
     train("https://me:hunter2@host/x.tar?sig=0ddba11", 2)
     train("https://other:hunter2@host/x.tar?sig=renewed", 3)

@@ -6,10 +6,10 @@ import torch
 
 from stable_cascade import (
     StableCascadeDecoder,
-    StableCascadeImageEncoder,
     StableCascadePreviewer,
     StableCascadePrior,
     StableCascadeScheduler,
+    StableCascadeSemanticEncoder,
     StableCascadeVQGAN,
 )
 
@@ -102,6 +102,6 @@ def tiny_parts() -> dict:
         "scheduler": StableCascadeScheduler(),
         "vqgan": seeded(lambda: StableCascadeVQGAN(**VQGAN)),
         "image_encoder": tiny_vision_encoder(),
-        "semantic_encoder": seeded(lambda: StableCascadeImageEncoder(**ENCODER)),
+        "semantic_encoder": seeded(lambda: StableCascadeSemanticEncoder(**ENCODER)),
         "previewer": seeded(lambda: StableCascadePreviewer(hidden_channels=8)),
     }

@@ -28,7 +28,7 @@ CLASSES = {
     "prior": models.StableCascadePrior,
     "decoder": models.StableCascadeDecoder,
     "vqgan": models.StableCascadeVQGAN,
-    "semantic_encoder": models.StableCascadeImageEncoder,
+    "semantic_encoder": models.StableCascadeSemanticEncoder,
     "previewer": models.StableCascadePreviewer,
     "text_encoder": CLIPTextModelWithProjection,
     "image_encoder": CLIPVisionModelWithProjection,

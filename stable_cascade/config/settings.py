@@ -375,7 +375,7 @@ class VQGANConfig(DataSettings, TrainingSettings):
 
 
 @dataclass
-class ImageEncoderConfig(DataSettings, TrainingSettings):
+class SemanticEncoderConfig(DataSettings, TrainingSettings):
     """Training the semantic encoder together with the previewer."""
 
     model_version: Literal["released", "embedded"] = "released"
@@ -397,6 +397,6 @@ class CLIPConfig(DataSettings, TrainingSettings):
 
 
 TRAINERS: tuple[type, ...] = (
-    LoraConfig, TextToImageConfig, ControlNetConfig, DecoderConfig, VQGANConfig, ImageEncoderConfig, CLIPConfig,
+    LoraConfig, TextToImageConfig, ControlNetConfig, DecoderConfig, VQGANConfig, SemanticEncoderConfig, CLIPConfig,
 )  # fmt: skip
 """The trainers' configs."""

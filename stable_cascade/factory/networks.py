@@ -32,7 +32,7 @@ NETWORKS = {
     "prior": Network("StableCascadePrior", "generator_checkpoint_path", "prior"),
     "decoder": Network("StableCascadeDecoder", "generator_checkpoint_path", "decoder"),
     "vqgan": Network("StableCascadeVQGAN", "stage_a_checkpoint_path", "vqgan"),
-    "semantic_encoder": Network("StableCascadeImageEncoder", "effnet_checkpoint_path", "image_encoder"),
+    "semantic_encoder": Network("StableCascadeSemanticEncoder", "effnet_checkpoint_path", "semantic_encoder"),
     "previewer": Network("StableCascadePreviewer", "previewer_checkpoint_path", "previewer"),
 }
 SCRATCH = "scratch"

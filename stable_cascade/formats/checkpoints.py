@@ -22,7 +22,7 @@ from .signatures import TITLES, component_of
 T = TypeVar("T")
 NETWORK = "model.diffusion_model."
 STAGES = {
-    "prior": ("prior", "text_encoder", "image_encoder", "previewer", "clip_image_encoder"),
+    "prior": ("prior", "text_encoder", "semantic_encoder", "previewer", "image_encoder"),
     "decoder": ("decoder", "text_encoder", "vqgan"),
 }
 """Network -> what a whole checkpoint of its stage holds."""
@@ -31,14 +31,14 @@ STAGES = {
 _PREFIXES = (
     ("text_encoder.clip_g.transformer.", "text_encoder"),
     ("text_encoder.clip_g.", "text_encoder"),
-    ("clip_l_vision.", "clip_image_encoder"),
-    ("vae.encoder.", "image_encoder"),
+    ("clip_l_vision.", "image_encoder"),
+    ("vae.encoder.", "semantic_encoder"),
     ("vae.previewer.", "previewer"),
     ("vae.", "vae"),
-    ("encoder.backbone.", "image_encoder"),
-    ("encoder.mapper.", "image_encoder"),
-    ("encoder.mean", "image_encoder"),
-    ("encoder.std", "image_encoder"),
+    ("encoder.backbone.", "semantic_encoder"),
+    ("encoder.mapper.", "semantic_encoder"),
+    ("encoder.mean", "semantic_encoder"),
+    ("encoder.std", "semantic_encoder"),
     ("previewer.blocks.", "previewer"),
 )
 _KEPT = {"encoder.backbone.": "backbone.", "encoder.mapper.": "mapper.", "encoder.mean": "mean", "encoder.std": "std",
@@ -110,7 +110,7 @@ def to_ours(part: Mapping[str, Tensor], component: str) -> Part:
         return Part(*clip.from_any(part, component))
     weights = from_original(part, component)
     constants = {}
-    if component == "image_encoder":
+    if component == "semantic_encoder":
         constants = {name: weights.pop(name) for name in _PIXEL_STATISTICS if name in weights}
         for name, value in constants.items():
             if not torch.allclose(value.float().cpu(), torch.tensor(_PIXEL_STATISTICS[name]), atol=4e-3):
@@ -142,7 +142,7 @@ def merge_checkpoint(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
         raise ValueError(f"a ComfyUI checkpoint of the {networks[0]} has no {foreign[0]}; it holds {allowed}")
     merged: dict[str, Tensor] = {}
     for component, weights in parts.items():
-        merged |= _prefixed(component, weights, alone="image_encoder" not in parts)
+        merged |= _prefixed(component, weights, alone="semantic_encoder" not in parts)
     return merged
 
 
@@ -156,10 +156,14 @@ def _prefixed(component: str, weights: Mapping[str, Tensor], *, alone: bool) -> 
         if projection is not None:
             named["text_encoder.clip_g.text_projection"] = projection.t().contiguous()
         return named
-    prefixes = {"image_encoder": "vae.encoder.", "previewer": "vae." if alone else "vae.previewer.", "vqgan": "vae."}
-    prefix = prefixes.get(component, "clip_l_vision." if component == "clip_image_encoder" else NETWORK)
+    prefixes = {
+        "semantic_encoder": "vae.encoder.",
+        "previewer": "vae." if alone else "vae.previewer.",
+        "vqgan": "vae.",
+    }
+    prefix = prefixes.get(component, "clip_l_vision." if component == "image_encoder" else NETWORK)
     named = {prefix + name: value for name, value in bare.items()}
-    if component == "image_encoder":
+    if component == "semantic_encoder":
         named |= {prefix + name: torch.tensor(values) for name, values in _PIXEL_STATISTICS.items()}
     return named
 

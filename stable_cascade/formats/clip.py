@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-COMPONENTS = ("text_encoder", "clip_image_encoder")
+COMPONENTS = ("text_encoder", "image_encoder")
 
 # OpenCLIP's name -> transformers', without `visual.` and `text_model.` / `vision_model.`.
 _TABLES = {
@@ -21,7 +21,7 @@ _TABLES = {
         ("ln_final.weight", "text_model.final_layer_norm.weight"),
         ("ln_final.bias", "text_model.final_layer_norm.bias"),
     ),
-    "clip_image_encoder": (
+    "image_encoder": (
         ("class_embedding", "vision_model.embeddings.class_embedding"),
         ("conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
         ("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -38,10 +38,10 @@ _LAYER = (
     ("mlp.c_proj.", "mlp.fc2."),
     ("attn.out_proj.", "self_attn.out_proj."),
 )
-_MODEL = {"text_encoder": "text_model", "clip_image_encoder": "vision_model"}
+_MODEL = {"text_encoder": "text_model", "image_encoder": "vision_model"}
 _PROJECTION = {
     "text_encoder": ("text_projection", "text_projection.weight"),
-    "clip_image_encoder": ("proj", "visual_projection.weight"),
+    "image_encoder": ("proj", "visual_projection.weight"),
 }
 _PARTS = ("q", "k", "v")
 _SPLIT = re.compile(r"(?:^|\.)self_attn\.[qkv]_proj\.(weight|bias)$")
@@ -60,7 +60,7 @@ def from_any(state_dict: Mapping[str, Tensor], component: str) -> tuple[dict[str
     bare, ours = _PROJECTION[component]
     weights, constants = {}, {}
     for name, value in state_dict.items():
-        short = name.removeprefix("visual.") if component == "clip_image_encoder" else name
+        short = name.removeprefix("visual.") if component == "image_encoder" else name
         if short.rpartition(".")[2] in CONSTANTS:
             constants[name] = value
         elif short == bare:
@@ -82,7 +82,7 @@ def to_openclip(state_dict: Mapping[str, Tensor], component: str) -> dict[str, T
     """
     reverse = {ours: theirs for theirs, ours in _TABLES[component]}
     bare, ours = _PROJECTION[component]
-    prefix = "visual." if component == "clip_image_encoder" else ""
+    prefix = "visual." if component == "image_encoder" else ""
     weights: dict[str, Tensor] = {}
     for name, value in state_dict.items():
         if name == ours:

@@ -41,7 +41,7 @@ KEY_MAPS: dict[str, KeyMap] = {
         (*ATTENTION_RENAMED, ("clip_mapper.", "clip_txt_pooled_mapper.")), ATTENTION_SPLIT, COMFYUI_SPLIT
     ),
     "vqgan": KeyMap((("vquantizer.codebook.", "vquantizer.embedding."),)),
-    "image_encoder": KeyMap(),
+    "semantic_encoder": KeyMap(),
     "previewer": KeyMap(),
     "controlnet": KeyMap(),
 }

@@ -14,15 +14,15 @@ TITLES = {
     "prior": "prior (Stage C)",
     "decoder": "decoder (Stage B)",
     "vqgan": "VQGAN (Stage A)",
-    "image_encoder": "image encoder of the cascade (EfficientNet)",
+    "semantic_encoder": "image encoder of the cascade (EfficientNet)",
     "previewer": "previewer",
     "controlnet": "ControlNet",
     "text_encoder": "CLIP text encoder",
-    "clip_image_encoder": "CLIP image encoder",
+    "image_encoder": "CLIP image encoder",
 }
 """What each component is called in a sentence."""
 
-FOLDERS = {"image_encoder": "semantic_encoder", "clip_image_encoder": "image_encoder"}
+FOLDERS = {"semantic_encoder": "semantic_encoder", "image_encoder": "image_encoder"}
 """Component -> its folder in a pipeline, and the pipeline's argument, where the two differ."""
 
 # The first that is there decides; `projections` before `mapper`, since both lie on the same backbone.
@@ -32,13 +32,13 @@ _SIGNS = (
     ("vqgan", ("vquantizer.codebook.weight", "in_block.1.weight")),
     ("vqgan", ("vquantizer.embedding.weight", "in_block.1.weight")),
     ("controlnet", ("projections.0.0.weight",)),
-    ("image_encoder", ("backbone.0.0.weight", "mapper.0.weight")),
+    ("semantic_encoder", ("backbone.0.0.weight", "mapper.0.weight")),
     ("previewer", ("blocks.0.weight", "blocks.24.weight")),
     ("text_encoder", ("text_model.embeddings.token_embedding.weight",)),
     ("text_encoder", ("token_embedding.weight", "ln_final.weight")),
-    ("clip_image_encoder", ("vision_model.embeddings.patch_embedding.weight",)),
-    ("clip_image_encoder", ("visual.conv1.weight", "visual.ln_pre.weight")),
-    ("clip_image_encoder", ("conv1.weight", "ln_pre.weight", "class_embedding")),
+    ("image_encoder", ("vision_model.embeddings.patch_embedding.weight",)),
+    ("image_encoder", ("visual.conv1.weight", "visual.ln_pre.weight")),
+    ("image_encoder", ("conv1.weight", "ln_pre.weight", "class_embedding")),
 )
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -53,7 +53,7 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         "embedded": (96, 2, 160, 4),
     },
     "vqgan": {"released": (384, 8192, 15), "embedded": (96, 1024, 7)},
-    "image_encoder": {"released": (1280, 8), "embedded": (192, 6)},
+    "semantic_encoder": {"released": (1280, 8), "embedded": (192, 6)},
     "previewer": {"released": (512,), "embedded": (128,)},
     "controlnet": {
         "canny": (1, 8, 2048),
@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         "embedded": (1, 4, 128),
     },
     "text_encoder": {"ViT-bigG/14": (1280, 32), "ViT-L/14": (768, 12), "embedded": (128, 3)},
-    "clip_image_encoder": {"ViT-L/14": (1024, 24), "embedded": (128, 3)},
+    "image_encoder": {"ViT-L/14": (1024, 24), "embedded": (128, 3)},
 }
 """`measures` of every known size; a test holds them against the presets."""
 
@@ -90,7 +90,7 @@ def naming_of(names: Iterable[str], component: str) -> str:
     Networks that have the same names everywhere are `original`.
     """
     names = list(names)
-    if component in ("text_encoder", "clip_image_encoder"):
+    if component in ("text_encoder", "image_encoder"):
         prefix = ("text_model.", "vision_model.")
         return "transformers" if any(name.startswith(prefix) for name in names) else "openclip"
     if component == "vqgan":
@@ -156,7 +156,7 @@ def _vqgan(shapes: Shapes) -> tuple[int, ...]:
     return shapes["up_blocks.0.0.weight"][0], codebook[0], _count(shapes, r"up_blocks\.(\d+)\.")
 
 
-def _image_encoder(shapes: Shapes) -> tuple[int, ...]:
+def _semantic_encoder(shapes: Shapes) -> tuple[int, ...]:
     return shapes["mapper.0.weight"][1], _count(shapes, r"backbone\.(\d+)\.")
 
 
@@ -190,9 +190,9 @@ _MEASURES = {
     "prior": _unet,
     "decoder": _unet,
     "vqgan": _vqgan,
-    "image_encoder": _image_encoder,
+    "semantic_encoder": _semantic_encoder,
     "previewer": _previewer,
     "controlnet": _controlnet,
     "text_encoder": _clip_text,
-    "clip_image_encoder": _clip_vision,
+    "image_encoder": _clip_vision,
 }

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from .controlnet import StableCascadeControlNet, StableCascadeMultiControlNet
     from .decoder import StableCascadeDecoder
     from .diffusers_names import StableCascadeUNet
-    from .image_encoder import StableCascadeImageEncoder
     from .loading import load_single_file
     from .presets import PRESETS
     from .previewer import StableCascadePreviewer
     from .prior import StableCascadePrior
+    from .semantic_encoder import StableCascadeSemanticEncoder
     from .unet import Conditions
     from .vqgan import StableCascadeVQGAN
 
@@ -23,10 +23,10 @@ __all__ = [
     "Conditions",
     "StableCascadeControlNet",
     "StableCascadeDecoder",
-    "StableCascadeImageEncoder",
     "StableCascadeMultiControlNet",
     "StableCascadePreviewer",
     "StableCascadePrior",
+    "StableCascadeSemanticEncoder",
     "StableCascadeUNet",
     "StableCascadeVQGAN",
     "load_single_file",

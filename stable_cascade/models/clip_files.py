@@ -21,7 +21,7 @@ from .loading import check_fit, read_file, weights_of
 
 CLASSES = {
     "text_encoder": ("CLIPTextConfig", "CLIPTextModelWithProjection"),
-    "clip_image_encoder": ("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
+    "image_encoder": ("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
 }
 _TEXT = {
     "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407,
@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "projection_dim": 768, "hidden_act": "quick_gelu",
         },
     },
-    "clip_image_encoder": {
+    "image_encoder": {
         "ViT-L/14": {
             "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
             "projection_dim": 768, "hidden_act": "quick_gelu", "image_size": 224, "patch_size": 14,
@@ -58,7 +58,7 @@ def load_clip_file(
     """CLIP's text or image encoder with the weights of a file, of a checkpoint that holds it, or of a state dict.
 
     Args:
-        component: `text_encoder` or `clip_image_encoder`.
+        component: `text_encoder` or `image_encoder`.
         config: transformers' config, or the folder with it; None takes what the file says, else the released one of
             these shapes.
 

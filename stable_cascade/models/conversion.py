@@ -35,7 +35,7 @@ FILES = {
     "prior": "stage_c",
     "decoder": "stage_b",
     "vqgan": "stage_a",
-    "image_encoder": "effnet_encoder",
+    "semantic_encoder": "effnet_encoder",
     "previewer": "previewer",
     "controlnet": "controlnet",
 }
@@ -44,7 +44,7 @@ CLASSES = {
     "prior": "StableCascadePrior",
     "decoder": "StableCascadeDecoder",
     "vqgan": "StableCascadeVQGAN",
-    "image_encoder": "StableCascadeImageEncoder",
+    "semantic_encoder": "StableCascadeSemanticEncoder",
     "previewer": "StableCascadePreviewer",
     "controlnet": "StableCascadeControlNet",
 }

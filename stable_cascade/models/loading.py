@@ -46,7 +46,7 @@ def load_single_file(
 
     Args:
         cls: the model class.
-        component: its name in `formats`: prior, decoder, vqgan, image_encoder, previewer or controlnet.
+        component: its name in `formats`: prior, decoder, vqgan, semantic_encoder, previewer or controlnet.
         source: a .safetensors file (others are read as pickled weights, with a warning), a file's address on the Hub,
             or a state dict; the names are the original's, ours or ComfyUI's, whose checkpoints may hold other networks
             as well.

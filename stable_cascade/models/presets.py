@@ -149,7 +149,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "released": _vqgan(),
         "embedded": _vqgan(embed_dim=96, bottleneck_blocks=4, num_vq_embeddings=1024, scale_factor=1.0),
     },
-    "image_encoder": {
+    "semantic_encoder": {
         "released": {"in_channels": 3, "latent_channels": 16, **RELEASED_FEATURES, **IMAGENET},
         "embedded": {"in_channels": 3, "latent_channels": 16, **EMBEDDED_FEATURES, **IMAGENET},
     },

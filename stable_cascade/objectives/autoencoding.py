@@ -50,7 +50,7 @@ class EncoderWithPreviewer(nn.Module):
         return self.previewer(latents + noise.to(latents))
 
 
-def image_encoder_loss(
+def semantic_encoder_loss(
     model: nn.Module, pixels: Tensor, seeds: Tensor, *, stride: int, latent_noise: float = 0.15
 ) -> dict[str, Tensor]:
     """One step of the image encoder: the previewer must rebuild the picture from noised latents.

@@ -28,7 +28,7 @@ COMPONENTS = {
     "prior": ("stable_cascade.models", "StableCascadePrior"),
     "decoder": ("stable_cascade.models", "StableCascadeDecoder"),
     "vqgan": ("stable_cascade.models", "StableCascadeVQGAN"),
-    "semantic_encoder": ("stable_cascade.models", "StableCascadeImageEncoder"),
+    "semantic_encoder": ("stable_cascade.models", "StableCascadeSemanticEncoder"),
     "previewer": ("stable_cascade.models", "StableCascadePreviewer"),
     "controlnet": ("stable_cascade.models", "StableCascadeControlNet"),
     "scheduler": ("stable_cascade.schedulers", "StableCascadeScheduler"),

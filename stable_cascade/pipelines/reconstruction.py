@@ -38,7 +38,7 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
     """Pictures to semantic latents, and from them to pictures again.
 
     Args:
-        semantic_encoder: the cascade's image encoder, `StableCascadeImageEncoder`.
+        semantic_encoder: the cascade's image encoder, `StableCascadeSemanticEncoder`.
         previewer: for rough pictures instead of Stages B and A.
         resolution_multiple: pixels of the picture per semantic latent, 42.67 as released, 10.67 embedded.
     """

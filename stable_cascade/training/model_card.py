@@ -22,7 +22,7 @@ _NETWORKS = {
     "decoder": ("StableCascadeDecoder", "Stage B (decoder)"),
     "vqgan": ("StableCascadeVQGAN", "Stage A (VQGAN)"),
     "controlnet": ("StableCascadeControlNet", "ControlNet"),
-    "semantic_encoder": ("StableCascadeImageEncoder", "image encoder"),
+    "semantic_encoder": ("StableCascadeSemanticEncoder", "image encoder"),
     "previewer": ("StableCascadePreviewer", "previewer"),
 }
 _TITLES = {

@@ -19,7 +19,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class StableCascadeImageEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
+class StableCascadeSemanticEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
     """Semantic latents of pictures in [0, 1]; the defaults are the released encoder.
 
     EfficientNetV2 features, a 1x1 convolution and a batch norm without weights, which gives latents of about unit
@@ -101,19 +101,19 @@ class StableCascadeImageEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
         config: dict[str, Any] | str | None = None,
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
-    ) -> StableCascadeImageEncoder:
+    ) -> StableCascadeSemanticEncoder:
         """A network from one local file with the names of the original or ours; see `load_single_file`."""
         from .loading import load_single_file
 
         return load_single_file(
-            cls, "image_encoder", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs
+            cls, "semantic_encoder", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs
         )
 
     def to_original(self) -> dict[str, Tensor]:
         """The weights under the original's names."""
         from stable_cascade.formats.networks import to_original
 
-        return to_original(self.state_dict(), "image_encoder")
+        return to_original(self.state_dict(), "semantic_encoder")
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         # In float32 at least: bfloat16 pixels minus the mean would lose the lowest of eight bits twice.

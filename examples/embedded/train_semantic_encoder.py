@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from stable_cascade import factory
-from stable_cascade.config import ImageEncoderConfig, load_config, run_main
-from stable_cascade.objectives.autoencoding import EncoderWithPreviewer, image_encoder_loss
+from stable_cascade.config import SemanticEncoderConfig, load_config, run_main
+from stable_cascade.objectives.autoencoding import EncoderWithPreviewer, semantic_encoder_loss
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
@@ -19,7 +19,7 @@ from stable_cascade.training.tracking import make_accelerator
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the config, trains, writes `semantic_encoder/` and `previewer/` in diffusers layout."""
-    config = load_config(ImageEncoderConfig, argv)
+    config = load_config(SemanticEncoderConfig, argv)
     plan = plan_training(config, trains="semantic_encoder, previewer", needs=["semantic_encoder", "previewer"])
     if config.check:
         return plan.report()
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     shown = factory.shown(next(batches(0)), accelerator.device)[:16].cpu()
 
     def loss_fn(model: nn.Module, batch):
-        return image_encoder_loss(
+        return semantic_encoder_loss(
             model,
             factory.shown(batch, accelerator.device),
             batch.seeds,

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from stable_cascade.models.efficientnet import EfficientNetFeatures, InvertedBottleneck
-from stable_cascade.models.image_encoder import IMAGENET_MEAN, IMAGENET_STD, StableCascadeImageEncoder
+from stable_cascade.models.semantic_encoder import IMAGENET_MEAN, IMAGENET_STD, StableCascadeSemanticEncoder
 from tests.golden import assert_matches, entry, fill, tensors
 
 TINY = {
@@ -21,12 +21,12 @@ TINY = {
 
 def tiny_encoder(**config):
     torch.manual_seed(0)
-    return StableCascadeImageEncoder(**(TINY | config))
+    return StableCascadeSemanticEncoder(**(TINY | config))
 
 
 @pytest.fixture(scope="module")
 def golden_encoder():
-    model = StableCascadeImageEncoder(image_mean=[0, 0, 0], image_std=[1, 1, 1]).eval()
+    model = StableCascadeSemanticEncoder(image_mean=[0, 0, 0], image_std=[1, 1, 1]).eval()
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     model.load_state_dict(fill(shapes, entry("io_effnet")["fill"]))
     return model
@@ -111,7 +111,7 @@ def test_stochastic_depth_skips_whole_samples_in_training_only():
 def test_saves_and_loads(tmp_path):
     model = tiny_encoder(image_std=[1, 2, 3]).eval()
     model.save_pretrained(tmp_path)
-    back = StableCascadeImageEncoder.from_pretrained(tmp_path).eval()
+    back = StableCascadeSemanticEncoder.from_pretrained(tmp_path).eval()
     assert back.stride == model.stride
     pixels = torch.rand(1, 3, 32, 32)
     assert torch.equal(back(pixels), model(pixels))
@@ -119,7 +119,7 @@ def test_saves_and_loads(tmp_path):
 
 def test_single_file_in_original_names(golden_encoder, tmp_path):
     save_file(golden_encoder.state_dict(), tmp_path / "effnet_encoder.safetensors")
-    model = StableCascadeImageEncoder.from_single_file(
+    model = StableCascadeSemanticEncoder.from_single_file(
         tmp_path / "effnet_encoder.safetensors", torch_dtype=torch.float16
     )
     assert model.dtype == torch.float16
