@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stable_cascade import StableCascadeControlNet, StableCascadePrior
 from stable_cascade.adapters import add_lora, save_lora
 from stable_cascade.cli.main import main
+from stable_cascade.components import NETWORKS as PARTS_OF
 from stable_cascade.embedded import embedded_path
 from stable_cascade.formats import describe, from_original, merge_checkpoint, split_checkpoint, to_original
 from stable_cascade.formats.checkpoints import NETWORK, STAGES, to_ours
@@ -20,7 +21,7 @@ from stable_cascade.formats.controlnet import read_description, save_controlnet
 from stable_cascade.formats.writing import whole
 from stable_cascade.models import PRESETS
 from stable_cascade.models.clip_files import CONFIGS, clip_on_meta
-from stable_cascade.models.conversion import CLASSES, convert_networks
+from stable_cascade.models.conversion import convert_networks
 from stable_cascade.models.loading import on_meta
 from stable_cascade.pipelines import StableCascadePipeline
 from tests.tiny_cascade import ENCODER, PRIOR, tiny_parts
@@ -175,13 +176,12 @@ def test_checkpoints_as_comfyui_saves_them(tmp_path):
 )
 def test_key_lists_of_the_released_sizes(component, size):
     """Names and shapes of whole checkpoints as large as the released ones, without their values."""
-    import stable_cascade.models as classes
 
     sizes = {component: size}
     parts = {
-        name: on_meta(getattr(classes, CLASSES[name]), PRESETS[name][sizes.get(name, "released")]).state_dict()
+        name: on_meta(PARTS_OF[name].load_class(), PRESETS[name][sizes.get(name, "released")]).state_dict()
         for name in STAGES[component]
-        if name in CLASSES
+        if name in PARTS_OF
     }
     clip = [name for name in CONFIGS if name in STAGES[component]]
     parts |= {name: clip_on_meta(name, next(iter(CONFIGS[name].values()))).state_dict() for name in clip}
@@ -191,7 +191,7 @@ def test_key_lists_of_the_released_sizes(component, size):
     assert back.keys() == parts.keys()
     for name, weights in parts.items():
         assert shapes(back[name]) == shapes(weights)
-        if name in CLASSES:
+        if name in PARTS_OF:
             original = to_original(weights, name)
             assert shapes(to_original(from_original(original, name), name)) == shapes(original)
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from stable_cascade.cli.main import main
+from stable_cascade.components import NETWORKS as PARTS_OF
 from stable_cascade.embedded import embedded_path
 from stable_cascade.formats import describe, read_header, to_original
 from stable_cascade.formats.checkpoints import NETWORK, merge_checkpoint
@@ -17,7 +18,6 @@ from stable_cascade.formats.headers import MAX_HEADER, TensorInfo
 from stable_cascade.formats.signatures import SIZES, component_of, measures, naming_of, size_of
 from stable_cascade.models import PRESETS
 from stable_cascade.models.clip_files import CONFIGS, clip_on_meta
-from stable_cascade.models.conversion import CLASSES
 from stable_cascade.models.loading import on_meta
 from tests.released_keys import released_keys
 from tests.tiny_cascade import tiny_parts, tiny_prior
@@ -34,9 +34,8 @@ def state(component):
 
 
 def preset_shapes(component, size):
-    import stable_cascade.models as classes
 
-    weights = on_meta(getattr(classes, CLASSES[component]), PRESETS[component][size]).state_dict()
+    weights = on_meta(PARTS_OF[component].load_class(), PRESETS[component][size]).state_dict()
     return {name: tuple(value.shape) for name, value in weights.items()}
 
 

@@ -16,6 +16,7 @@ PACKAGE = "stable_cascade"
 LAYERS = {
     "bounds": -1,
     "compilation": -1,
+    "components": -1,
     "disk": -1,
     "hub": -1,
     "lazy": -1,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stable_cascade.components import NETWORKS
+
 from .quantized import QuantizedLinear
 from .tokens import LearnedTokens
 
@@ -43,7 +45,7 @@ def carrying(model: nn.Module, adapter_name: str) -> list[tuple[str, Any]]:
 
 def component_of(model: nn.Module) -> str:
     """The name that LoRA files give this network: `prior`, `decoder` or `text_encoder`."""
-    names = {"StableCascadePrior": "prior", "StableCascadeDecoder": "decoder"}
+    names = {part.cls: name for name, part in NETWORKS.items()}
     return names.get(type(model).__name__, "text_encoder" if hasattr(model, "text_model") else "prior")
 
 

@@ -13,7 +13,6 @@ from .fingerprints import remembered
 from .inputs import Inputs, prior_inputs
 from .losses import Weighting, loss_weight, prior_loss_fn
 from .networks import (
-    NETWORKS,
     SCRATCH,
     cascade_folder,
     checkpoint_gradients,
@@ -29,7 +28,7 @@ from .networks import (
 )
 
 __all__ = [
-    "NETWORKS", "SCRATCH", "Cache", "Inputs", "Weighting", "add_config_lora", "add_config_text_lora", "batches",
+    "SCRATCH", "Cache", "Inputs", "Weighting", "add_config_lora", "add_config_text_lora", "batches",
     "cascade_folder", "checkpoint_gradients", "clip_source", "content", "control_filter", "control_images",
     "controlnet", "controlnet_on_meta", "export_controlnet", "fill_cache", "frozen", "frozen_base",
     "frozen_text", "image_embedder", "learned_tokens", "learning_rate", "loss_weight", "network",

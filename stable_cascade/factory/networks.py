@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,43 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from stable_cascade import models
 from stable_cascade.adapters.quantized import check_format, quantize, quantized_bytes
+from stable_cascade.components import NETWORKS
 from stable_cascade.formats.json_files import read_config
 from stable_cascade.hub import HubError, NotAskedError, ask
 from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.loading import single_file_config
 from stable_cascade.models.presets import PRESETS
 
-
-@dataclass(frozen=True)
-class Network:
-    """How one network of the cascade is named in configs, folders, presets and files."""
-
-    cls: str
-    key: str
-    component: str
-
-
-NETWORKS = {
-    "prior": Network("StableCascadePrior", "generator_checkpoint_path", "prior"),
-    "decoder": Network("StableCascadeDecoder", "generator_checkpoint_path", "decoder"),
-    "vqgan": Network("StableCascadeVQGAN", "stage_a_checkpoint_path", "vqgan"),
-    "semantic_encoder": Network("StableCascadeSemanticEncoder", "effnet_checkpoint_path", "semantic_encoder"),
-    "previewer": Network("StableCascadePreviewer", "previewer_checkpoint_path", "previewer"),
-}
 SCRATCH = "scratch"
 PRETRAINED = "pretrained"
 
 
 def network_class(name: str) -> Any:
     """The class of a network by its folder name."""
-    return getattr(models, NETWORKS[name].cls)
+    return NETWORKS[name].load_class()
 
 
 def preset(config: Any, name: str) -> dict[str, Any]:
     """The constructor arguments of a network for the config's `model_version`."""
-    versions = PRESETS[NETWORKS[name].component]
+    versions = PRESETS[name]
     version = config.model_version
     if version not in versions:
         version = "embedded" if version == "embedded" else "released"
@@ -74,7 +56,7 @@ def source_key(config: Any, name: str) -> str:
     """The key that says where a network's weights come from."""
     if name == "decoder" and hasattr(config, "stage_b_checkpoint_path"):  # beside Stage C, which is the generator
         return "stage_b_checkpoint_path"
-    return NETWORKS[name].key if name in NETWORKS else "pretrained_model_name_or_path"
+    return NETWORKS[name].key if name in NETWORKS and NETWORKS[name].key else "pretrained_model_name_or_path"
 
 
 def preview_networks(config: Any) -> list[str]:
@@ -91,7 +73,8 @@ def source(config: Any, name: str) -> str:
         ValueError: no key names one, or the file is missing.
     """
     key = source_key(config, name)
-    explicit = getattr(config, key, None) if name in NETWORKS else None
+    named = name in NETWORKS and NETWORKS[name].key  # CLIP and the ControlNet have no key of their own here
+    explicit = getattr(config, key, None) if named else None
     if explicit and explicit != PRETRAINED:
         if explicit != SCRATCH and not Path(explicit).exists():
             raise ValueError(f"{key} '{explicit}' does not exist; give a file, a folder or '{SCRATCH}'")
@@ -119,7 +102,7 @@ def network_on_meta(config: Any, name: str) -> nn.Module:
     if description.exists():
         arguments = read_config(description)
     elif Path(where).is_file() and file_preset(config, name) is None:
-        arguments = single_file_config(cls, NETWORKS[name].component, where)
+        arguments = single_file_config(cls, name, where)
     elif where == SCRATCH or Path(where).exists():
         arguments = preset(config, name)
     else:

@@ -15,9 +15,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from stable_cascade.components import WITH_WEIGHTS
+
 from . import clip
 from .networks import KEY_MAPS, from_original, to_original
-from .signatures import TITLES, component_of
+from .signatures import component_of
 
 T = TypeVar("T")
 NETWORK = "model.diffusion_model."
@@ -97,7 +99,7 @@ def split_checkpoint(state_dict: Mapping[str, T]) -> Split[T]:
             left.update({prefix + key: value for key, value in group.items()})
         else:
             split.parts[found] = group
-    return Split({name: split.parts[name] for name in TITLES if name in split.parts}, left)
+    return Split({name: split.parts[name] for name in WITH_WEIGHTS if name in split.parts}, left)
 
 
 def to_ours(part: Mapping[str, Tensor], component: str) -> Part:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from stable_cascade.components import COMPONENTS
 from stable_cascade.wording import brief
 
 from .headers import TensorInfo
-from .signatures import TITLES
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LISTED = 12
@@ -56,7 +56,7 @@ class Description:
         """What it is, as the end of "this is …"."""
         if self.kind == "network":
             size = f", {self.size}" if self.size else ""
-            return f"the {TITLES[str(self.component)]}{size}, {self.format} names"
+            return f"the {COMPONENTS[str(self.component)].title}{size}, {self.format} names"
         if self.kind == "checkpoint":
             return f"a ComfyUI checkpoint of {', '.join(str(part.component) for part in self.parts)}"
         if self.kind == "lora":

@@ -10,21 +10,6 @@ from stable_cascade.wording import brief
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-TITLES = {
-    "prior": "prior (Stage C)",
-    "decoder": "decoder (Stage B)",
-    "vqgan": "VQGAN (Stage A)",
-    "semantic_encoder": "image encoder of the cascade (EfficientNet)",
-    "previewer": "previewer",
-    "controlnet": "ControlNet",
-    "text_encoder": "CLIP text encoder",
-    "image_encoder": "CLIP image encoder",
-}
-"""What each component is called in a sentence."""
-
-FOLDERS = {"semantic_encoder": "semantic_encoder", "image_encoder": "image_encoder"}
-"""Component -> its folder in a pipeline, and the pipeline's argument, where the two differ."""
-
 # The first that is there decides; `projections` before `mapper`, since both lie on the same backbone.
 _SIGNS = (
     ("prior", ("clip_txt_mapper.weight", "embedding.1.weight")),

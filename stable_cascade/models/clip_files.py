@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -10,19 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
 from stable_cascade.formats.configs import read_configs
 from stable_cascade.formats.json_files import read_json
-from stable_cascade.formats.signatures import FOLDERS, TITLES, size_of
+from stable_cascade.formats.signatures import size_of
 from stable_cascade.wording import quoted
 
 from .loading import check_fit, read_file, weights_of
 
-CLASSES = {
-    "text_encoder": ("CLIPTextConfig", "CLIPTextModelWithProjection"),
-    "image_encoder": ("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
-}
 _TEXT = {
     "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407,
     "pad_token_id": 1, "layer_norm_eps": 1e-5,
@@ -94,10 +90,10 @@ def clip_config(
         return read_json(place / "config.json" if place.is_dir() else place)
     size = size_of({name: tuple(value.shape) for name, value in weights.items()}, component)
     if size == "embedded":
-        return read_json(embedded_path() / FOLDERS.get(component, component) / "config.json")
+        return read_json(embedded_path() / component / "config.json")
     if size is None:
         known = ", ".join(CONFIGS[component])
-        raise ValueError(f"the weights are of no known {TITLES[component]} ({known}); pass its config")
+        raise ValueError(f"the weights are of no known {COMPONENTS[component].title} ({known}); pass its config")
     return dict(CONFIGS[component][size])
 
 
@@ -106,6 +102,6 @@ def clip_on_meta(component: str, settings: Mapping[str, Any]) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    config, cls = (getattr(importlib.import_module(transformers.__name__), name) for name in CLASSES[component])
+    config = getattr(transformers, COMPONENTS[component].clip_config)
     with init_empty_weights():
-        return cls(config.from_dict(dict(settings)))
+        return COMPONENTS[component].load_class()(config.from_dict(dict(settings)))

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import stable_cascade.models as classes
+from stable_cascade.components import CLIP, COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.formats import clip, controlnet
 from stable_cascade.formats.checkpoints import NETWORK, STAGES, merge_checkpoint, to_bare
 from stable_cascade.formats.configs import write_configs
 from stable_cascade.formats.folders import INDEX
 from stable_cascade.formats.networks import KEY_MAPS
-from stable_cascade.formats.signatures import FOLDERS, size_of
+from stable_cascade.formats.signatures import size_of
 from stable_cascade.formats.writing import check_target, whole, write_tensors
 from stable_cascade.wording import brief, quoted
 
-from .clip_files import CLASSES as CLIP_CLASSES
 from .clip_files import CONFIGS, clip_config, clip_on_meta
 from .loading import check_fit, on_meta, resolve_config
 from .networks_in import Contents, Network, component_name, read_networks, same_values
@@ -31,23 +30,6 @@ from .presets import PRESETS
 
 FORMATS = ("original", "diffusers", "comfyui", "openclip")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FILES = {
-    "prior": "stage_c",
-    "decoder": "stage_b",
-    "vqgan": "stage_a",
-    "semantic_encoder": "effnet_encoder",
-    "previewer": "previewer",
-    "controlnet": "controlnet",
-}
-"""Component -> the name of its file in the original release."""
-CLASSES = {
-    "prior": "StableCascadePrior",
-    "decoder": "StableCascadeDecoder",
-    "vqgan": "StableCascadeVQGAN",
-    "semantic_encoder": "StableCascadeSemanticEncoder",
-    "previewer": "StableCascadePreviewer",
-    "controlnet": "StableCascadeControlNet",
-}
 
 
 @dataclass(frozen=True)
@@ -126,9 +108,9 @@ def network_config(network: Network) -> dict[str, Any]:
         ValueError: neither is known.
     """
     try:
-        if network.component in CLIP_CLASSES:
+        if network.component in CLIP:
             return clip_config(network.component, network.weights, network.config)
-        cls = getattr(classes, CLASSES[network.component])
+        cls = COMPONENTS[network.component].load_class()
         return resolve_config(cls, network.component, network.config, network.weights)
     except ValueError as error:
         raise ValueError(f"{network.component}: {error}; --config names a file or folder with it") from None
@@ -166,10 +148,10 @@ def _with_config(contents: Contents, config: str | Path) -> Contents:
     if len(contents.networks) != 1:
         raise ValueError("--config is for one network; name it with --component")
     ((name, network),) = contents.networks.items()
-    if name in CLIP_CLASSES:
+    if name in CLIP:
         settings = clip_config(name, network.weights, config)
     else:
-        settings = resolve_config(getattr(classes, CLASSES[name]), name, str(config), network.weights)
+        settings = resolve_config(COMPONENTS[name].load_class(), name, str(config), network.weights)
     return replace(contents, networks={name: replace(network, config=settings)})
 
 
@@ -180,7 +162,7 @@ def _check_name(out: Path, contents: Contents, format: str) -> None:
         ValueError: they do not.
     """
     names = list(contents.networks)
-    only_clip = all(name in CLIP_CLASSES for name in names)
+    only_clip = all(name in CLIP for name in names)
     if format == "openclip" and not (only_clip and len(names) == 1):
         raise ValueError(f"openclip is for one of CLIP's encoders, and this is {', '.join(names)}; add --component")
     if format == "original" and only_clip:
@@ -220,11 +202,11 @@ def _write_original(out: Path, contents: Contents, source: Path) -> None:
         return
     out.mkdir()
     for name, network in contents.networks.items():
-        if name in CLIP_CLASSES:
-            _write_folder(out / FOLDERS.get(name, name), network, {})
+        if name in CLIP:
+            _write_folder(out / name, network, {})
             continue
         alone = replace(contents, networks={name: network})
-        write_tensors(out / f"{FILES[name]}.safetensors", to_bare(network.weights, name), _header(alone))
+        write_tensors(out / f"{COMPONENTS[name].file}.safetensors", to_bare(network.weights, name), _header(alone))
 
 
 def _write_comfyui(out: Path, contents: Contents, source: Path) -> None:
@@ -252,8 +234,8 @@ def _write_diffusers(out: Path, contents: Contents, source: Path) -> None:
         _write_folder(out, network, contents.metadata)
         return
     for name, network in contents.networks.items():
-        (out / FOLDERS.get(name, name)).mkdir()
-        _write_folder(out / FOLDERS.get(name, name), network, contents.metadata)
+        (out / name).mkdir()
+        _write_folder(out / name, network, contents.metadata)
     for folder in contents.plain:
         shutil.copytree(folder, out / folder.name)
     if (source / INDEX).is_file():
@@ -272,13 +254,13 @@ def _write_folder(out: Path, network: Network, metadata: Mapping[str, str]) -> N
     """One network in diffusers' layout."""
     out.mkdir(exist_ok=True)
     settings = network_config(network)
-    if network.component in CLIP_CLASSES:
+    if network.component in CLIP:
         model = clip_on_meta(network.component, settings)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(out)
         file = "model.safetensors"
     else:
-        model = on_meta(getattr(classes, CLASSES[network.component]), settings)
+        model = on_meta(COMPONENTS[network.component].load_class(), settings)
         model.save_config(out)
         file = "diffusion_pytorch_model.safetensors"
     check_fit(model, network.weights, network.component)
@@ -304,6 +286,6 @@ def _known(network: Network) -> bool:
     assert network.config is not None
     size = size_of({name: tuple(value.shape) for name, value in network.weights.items()}, network.component)
     table = PRESETS.get(network.component) if network.component in KEY_MAPS else CONFIGS[network.component]
-    if size == "embedded" and network.component in CLIP_CLASSES:
+    if size == "embedded" and network.component in CLIP:
         return True
     return size is not None and table is not None and same_values(network.config, table[size])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.formats import tensor_files
 from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
@@ -18,7 +19,7 @@ from stable_cascade.formats.detection import describe_tensors, infos_of
 from stable_cascade.formats.json_files import read_config
 from stable_cascade.formats.lora_facts import is_lora
 from stable_cascade.formats.networks import from_original
-from stable_cascade.formats.signatures import TITLES, component_of, size_of, what_else
+from stable_cascade.formats.signatures import component_of, size_of, what_else
 from stable_cascade.formats.tensor_files import check_kinds, check_names, checked_header
 from stable_cascade.wording import brief, quoted
 
@@ -121,7 +122,7 @@ def weights_of(state_dict: Mapping[str, Tensor], component: str) -> dict[str, Te
     if parts or is_lora(state_dict):
         found = describe_tensors(infos_of(state_dict), "it")
         remedy = "give it to load_lora_weights" if found.kind == "lora" else f"give a file of the {component}"
-        raise ValueError(f"this is {found.short()}, not the {TITLES[component]}; {remedy}")
+        raise ValueError(f"this is {found.short()}, not the {COMPONENTS[component].title}; {remedy}")
     return from_original(state_dict, component)
 
 
@@ -163,7 +164,9 @@ def resolve_config(
     if size in presets:
         return preset(component, str(size))
     if component_of(shapes) is None:
-        raise ValueError(f"this is {what_else(shapes)}, not the {TITLES[component]}; pass config= for one of your own")
+        raise ValueError(
+            f"this is {what_else(shapes)}, not the {COMPONENTS[component].title}; pass config= for one of your own"
+        )
     raise ValueError(
         f"the weights have the shapes of no {component} preset ({', '.join(presets)}); pass config= for their size"
     )

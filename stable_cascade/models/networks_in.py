@@ -10,20 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.components import OTHER_WORDS, WITH_WEIGHTS
 from stable_cascade.disk import local_path
 from stable_cascade.formats import controlnet
 from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
 from stable_cascade.formats.configs import KEY, read_configs
 from stable_cascade.formats.folders import INDEX, weight_files
 from stable_cascade.formats.json_files import read_config
-from stable_cascade.formats.signatures import TITLES, what_else
+from stable_cascade.formats.signatures import what_else
 from stable_cascade.formats.tensor_files import read_tensors
 from stable_cascade.wording import brief, quoted
 
 from .loading import read_file
-
-ALIASES = {"semantic_encoder": "image_encoder", "stage_c": "prior", "stage_b": "decoder", "stage_a": "vqgan"}
-"""Other words for a component, in commands."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ def component_name(name: str) -> str:
     Raises:
         ValueError: there is no such component.
     """
-    known = ALIASES.get(name, name)
-    if known not in TITLES:
-        raise ValueError(f"component {quoted(name, 60)} is none of {', '.join([*TITLES, *ALIASES])}")
+    known = OTHER_WORDS.get(name, name)
+    if known not in WITH_WEIGHTS:
+        raise ValueError(f"component {quoted(name, 60)} is none of {', '.join([*WITH_WEIGHTS, *OTHER_WORDS])}")
     return known
 
 

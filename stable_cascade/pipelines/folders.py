@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.formats.headers import read_header
 from stable_cascade.formats.json_files import read_config
@@ -23,21 +24,6 @@ from .places import WITHOUT_WEIGHTS, check_places, find, folders_of, has_variant
 
 logger = logging.getLogger(__name__)
 
-# What each component is; the class that a folder's index names is not trusted, so that nothing else is imported.
-COMPONENTS = {
-    "prior": ("stable_cascade.models", "StableCascadePrior"),
-    "decoder": ("stable_cascade.models", "StableCascadeDecoder"),
-    "vqgan": ("stable_cascade.models", "StableCascadeVQGAN"),
-    "semantic_encoder": ("stable_cascade.models", "StableCascadeSemanticEncoder"),
-    "previewer": ("stable_cascade.models", "StableCascadePreviewer"),
-    "controlnet": ("stable_cascade.models", "StableCascadeControlNet"),
-    "scheduler": ("stable_cascade.schedulers", "StableCascadeScheduler"),
-    "prior_scheduler": ("stable_cascade.schedulers", "StableCascadeScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
-    "feature_extractor": ("transformers", "CLIPImageProcessorPil"),
-}
 PRIOR_SHIFT = 2.0
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "use_safetensors", "disable_mmap", "load_connected_pipeline")
 """Arguments of diffusers that ask for what is always done here."""
@@ -216,7 +202,7 @@ def load_folder(name: str, place: Path, dtype: torch.dtype, variant: str | None,
     Raises:
         ValueError: a file is missing, damaged or of another network.
     """
-    module, cls_name = COMPONENTS[name]
+    module, cls_name = COMPONENTS[name].module, COMPONENTS[name].cls
     if name == "controlnet" and (place / "0").is_dir():
         cls_name = "StableCascadeMultiControlNet"
     if variant is not None and name not in WITHOUT_WEIGHTS and place.is_dir() and not has_variant(place, variant):
@@ -261,7 +247,7 @@ def _own_network(name: str, network: Any) -> Any:
     """Our network with the parameters of diffusers' one, so that what changes one (`to`, training) changes both."""
     from stable_cascade.models.loading import on_meta
 
-    module, cls_name = COMPONENTS[name]
+    module, cls_name = COMPONENTS[name].module, COMPONENTS[name].cls
     # Their values hold where ours has another default, as for the scale of Stage A's latents.
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     model = on_meta(getattr(importlib.import_module(module), cls_name), config)

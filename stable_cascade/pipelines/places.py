@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.formats.json_files import read_config
 
@@ -17,9 +18,9 @@ INDEX = "model_index.json"
 PRIOR_PARTS = ("prior", "prior_scheduler", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 LITE = ("prior", "decoder")
 """Components with a small network beside the large one, in a folder `<name>_lite`."""
-ROOT_FILES = {"semantic_encoder": "effnet_encoder.safetensors", "previewer": "previewer.safetensors"}
+ROOT_FILES = {name: f"{part.file}.safetensors" for name, part in COMPONENTS.items() if part.single}
 """What Stability's repository has as single files only."""
-WITHOUT_WEIGHTS = ("tokenizer", "feature_extractor", "scheduler", "prior_scheduler")
+WITHOUT_WEIGHTS = tuple(name for name, part in COMPONENTS.items() if not part.title)
 
 Folders = list[tuple[Path, dict[str, Any]]]
 """Folders with their indexes; where there are two, the first is Stage C's own."""

@@ -11,22 +11,19 @@ from typing import Any
 
 import torch
 
+from stable_cascade.components import CLIP, COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
 from stable_cascade.formats.descriptions import Description
 from stable_cascade.formats.detection import describe
 from stable_cascade.formats.json_files import read_config
-from stable_cascade.formats.signatures import FOLDERS
-from stable_cascade.models.clip_files import CLASSES as CLIP_CLASSES
 from stable_cascade.models.clip_files import load_clip_file
 from stable_cascade.models.hub_files import hub_file
 from stable_cascade.wording import brief, quoted
 
-from .folders import COMPONENTS, PRIOR_SHIFT, dtype_of, load_folder
+from .folders import PRIOR_SHIFT, dtype_of, load_folder
 from .places import INDEX
 
-COMPONENT_NAMES = {folder: component for component, folder in FOLDERS.items()}
-"""The pipeline's name of a component -> its name among weights files, where the two differ."""
 TOKENIZERS = (
     ("stabilityai/stable-cascade", "tokenizer/"),
     ("stabilityai/stable-cascade-prior", "tokenizer/"),
@@ -98,7 +95,7 @@ def _add_file(parts: _Parts, file: Path, expected: str | None, needed: Sequence[
     """
     found = describe(file)
     networks = found.parts if found.kind == "checkpoint" else (found,) if found.kind == "network" else ()
-    names = {FOLDERS.get(str(one.component), str(one.component)): one for one in networks}
+    names = {str(one.component): one for one in networks}
     if expected is not None and expected not in names:
         stage = "stage_c" if expected == "prior" else "stage_b"
         raise ValueError(f"{stage}={quoted(file)} is {found.short()}, and a {expected} is needed")
@@ -172,12 +169,10 @@ def _check_complete(cls: Any, needed: Sequence[str], have: set[str]) -> None:
 
 def _of_file(name: str, file: Path, config: Any, dtype: torch.dtype) -> Any:
     """A component from a weights file."""
-    component = COMPONENT_NAMES.get(name, name)
-    if component in CLIP_CLASSES:
-        return load_clip_file(component, file, config, dtype)
-    module, cls_name = COMPONENTS[name]
+    if name in CLIP:
+        return load_clip_file(name, file, config, dtype)
     config = config if config is None or isinstance(config, Mapping) else str(config)
-    return getattr(importlib.import_module(module), cls_name).from_single_file(file, config=config, torch_dtype=dtype)
+    return COMPONENTS[name].load_class().from_single_file(file, config=config, torch_dtype=dtype)
 
 
 def _given(name: str, value: Any, dtype: torch.dtype | dict[str, torch.dtype] | None, parts: _Parts) -> Any:
@@ -201,7 +196,7 @@ def _given(name: str, value: Any, dtype: torch.dtype | dict[str, torch.dtype] | 
 
 def _of_hub(name: str, repository: str, dtype: torch.dtype) -> Any:
     """A component from a Hub repository: from its own folder there, or, CLIP's parts, from the root."""
-    module, cls_name = COMPONENTS[name]
+    module, cls_name = COMPONENTS[name].module, COMPONENTS[name].cls
     cls = getattr(importlib.import_module(module), cls_name)
     key = "dtype" if module == "transformers" else "torch_dtype"
     typed = {} if name == "tokenizer" else {key: dtype}

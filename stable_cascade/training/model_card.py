@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from stable_cascade.components import NETWORKS
 from stable_cascade.config import TRAINERS, keys_where
 from stable_cascade.formats.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
@@ -17,14 +18,6 @@ from stable_cascade.training.sheets import sheet_pictures
 
 CARD, SAMPLES = "README.md", "samples"
 RELEASED_LICENCE = "https://huggingface.co/stabilityai/stable-cascade/blob/main/LICENSE"
-_NETWORKS = {
-    "prior": ("StableCascadePrior", "Stage C (prior)"),
-    "decoder": ("StableCascadeDecoder", "Stage B (decoder)"),
-    "vqgan": ("StableCascadeVQGAN", "Stage A (VQGAN)"),
-    "controlnet": ("StableCascadeControlNet", "ControlNet"),
-    "semantic_encoder": ("StableCascadeSemanticEncoder", "image encoder"),
-    "previewer": ("StableCascadePreviewer", "previewer"),
-}
 _TITLES = {
     "lora": "LoRA for Stage C of Stable Cascade",
     "tokens": "learned tokens for Stable Cascade",
@@ -65,12 +58,12 @@ Trigger tokens: `{{ export.tokens | join("`, `") }}`.
 ```python
 import torch
 from stable_cascade import StableCascadePipeline
-{%- for part in parts %}, {{ networks[part][0] }}{% endfor %}
+{%- for part in parts %}, {{ networks[part].cls }}{% endfor %}
 {%- if base.embedded %}
 from stable_cascade.embedded import embedded_path
 {%- endif %}
 {% for part in parts %}
-{{ part }} = {{ networks[part][0] }}.from_pretrained("{{ repo }}", subfolder="{{ part }}"{{ dtype }})
+{{ part }} = {{ networks[part].cls }}.from_pretrained("{{ repo }}", subfolder="{{ part }}"{{ dtype }})
 {%- endfor %}
 {%- if draws %}
 pipeline = StableCascadePipeline.from_pretrained({{ cascade }}
@@ -135,7 +128,7 @@ class Export:
     @property
     def title(self) -> str:
         """The kinds as words."""
-        names = [_TITLES.get(kind) or f"{_NETWORKS[kind][1]} of Stable Cascade" for kind in self.kinds]
+        names = [_TITLES.get(kind) or f"{NETWORKS[kind].title} of Stable Cascade" for kind in self.kinds]
         text = " and ".join(names)
         return text[0].upper() + text[1:]
 
@@ -170,7 +163,7 @@ def write_model_card(folder: Path, settings: Mapping[str, Any], repo: str) -> Pa
     token = export.tokens[0] if export.tokens else ""
     prompts = [prompt for prompt in settings.get("validation_prompts") or () if token in prompt]
     prompt = prompts[0] if prompts else f"an image of {token}" if token else "an image"
-    parts = [kind for kind in export.kinds if kind in _NETWORKS]
+    parts = [kind for kind in export.kinds if kind in NETWORKS]
     cascade = "embedded_path()" if base.embedded else f'"{base.cascade or "PATH OR HUB NAME OF THE CASCADE"}"'
 
     # The data and the settings; the fence is longer than any run of backticks within it.
@@ -189,7 +182,7 @@ def write_model_card(folder: Path, settings: Mapping[str, Any], repo: str) -> Pa
         base=base,
         trained=bool(settings),
         sheet=samples[0][0] if samples else None,
-        networks=_NETWORKS,
+        networks=NETWORKS,
         parts=parts,
         draws=set(parts) <= {"prior", "decoder", "vqgan"},
         repo=repo,
@@ -224,7 +217,7 @@ def read_export(folder: Path) -> Export:
         with safe_open(learned, framework="pt") as file:
             tokens = tuple(file.keys())
         kinds = kinds or ["tokens"]
-    classes = {name: kind for kind, (name, _) in _NETWORKS.items()}
+    classes = {part.cls: kind for kind, part in NETWORKS.items()}
     for description in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
         if description.is_file():
             values = read_json(description)
