@@ -20,6 +20,7 @@ LAYERS = {
     "disk": -1,
     "hub": -1,
     "lazy": -1,
+    "pixels": -1,
     "redaction": -1,
     "transfer": -1,
     "wording": -1,

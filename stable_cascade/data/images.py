@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from stable_cascade import bounds
+from stable_cascade.pixels import readable_formats, rgb_pixels
 from stable_cascade.wording import brief
 
 from .buckets import covering_size
@@ -30,8 +30,6 @@ _SIGNATURES = (
 )  # fmt: skip
 _UNREAD = {"heic": "HEIC", "heix": "HEIC", "hevc": "HEIC", "mif1": "HEIF", "msf1": "HEIF", "jxl ": "JPEG XL"}
 
-# Other kinds are not even tried: Pillow starts another program for EPS, for one.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 _TURNED = (5, 6, 7, 8)
 
 
@@ -57,7 +55,7 @@ def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
                 width, height = _stored_size(image)
                 turned = _orientation(image) in _TURNED
     except Exception as error:  # Pillow's plugins raise anything on damaged files
@@ -128,50 +126,22 @@ def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Te
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
                 if at_least is not None and image.format == "JPEG":
                     height, width = at_least[::-1] if _orientation(image) in _TURNED else at_least
                     image.draft(None, (width, height))  # type: ignore[arg-type]
                 _check_pixels(image.size)
                 image.load()
-                ImageOps.exif_transpose(image, in_place=True)  # copies nothing where nothing is turned
-                array = _to_rgb(image)
+                array = rgb_pixels(image)
     except Exception as error:
         raise ValueError(_unread_kind(data) or f"cannot decode: {type(error).__name__}: {brief(error)}") from None
     return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def _formats() -> list[str]:
-    """Those of the allowed kinds that this Pillow can read."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
     if size[0] * size[1] > LARGEST_PICTURE:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {LARGEST_PICTURE:,}; shrink the picture")
     bounds.check_shape(*size)
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8, or float32 in [0, 1]."""
-    if image.mode.startswith("I"):
-        return _wide_grey(image)
-    if image.mode == "F":
-        raise ValueError("32-bit float pictures have no defined range")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
-        alpha = pixels[..., 3:]
-        return pixels[..., :3] * alpha + (1 - alpha)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _wide_grey(image: Image.Image) -> np.ndarray:
-    """16-bit grey scaled to [0, 1]; Pillow's own conversion to 8 bits clips everything above 255 to white."""
-    values = np.asarray(image).astype(np.float32)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError("integer pictures must have at most 16 bits")
-    return np.repeat(values[..., None] / 65535, 3, axis=2)
 
 
 def decode_mask(data: bytes) -> Tensor:

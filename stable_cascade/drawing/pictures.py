@@ -9,19 +9,17 @@ import warnings
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from stable_cascade import bounds
 from stable_cascade.disk import local_path, open_file
+from stable_cascade.pixels import has_alpha, readable_formats, to_srgb, upright, wide_grey
 from stable_cascade.wording import brief, quoted
 
 logger = logging.getLogger(__name__)
 
 LARGEST_PICTURE = 64.0
 """Megapixels that are decoded; a photograph has 12 to 60."""
-# Only what Pillow decodes by itself: EPS, for one, would start another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "MPO")
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def read_picture(
@@ -46,7 +44,7 @@ def read_picture(
     try:
         with opened, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(opened, formats=_formats()) as image:
+            with Image.open(opened, formats=readable_formats()) as image:
                 _check_pixels(name, image.size, largest)
                 if getattr(image, "is_animated", False):
                     logger.warning("%s is an animation; its first frame is taken", name)
@@ -56,7 +54,7 @@ def read_picture(
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has more than {largest:g} megapixels; shrink it first") from None
     except Image.UnidentifiedImageError:
-        known = ", ".join(_formats())
+        known = ", ".join(readable_formats())
         raise ValueError(f"{name} is no picture that can be read; give one of {known}") from None
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {brief(error)}") from None
@@ -98,19 +96,17 @@ def in_mode(image: Image.Image, mode: str | None = "RGB", paper: str = "white") 
     Raises:
         ValueError: its values have no defined range.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F":
         raise ValueError("32-bit float pictures have no defined range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError("integer pictures must have at most 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    transparent = "transparency" in image.info or image.mode in _WITH_ALPHA
+        image = Image.fromarray(np.rint(255 * wide_grey(image)).astype(np.uint8))
+    transparent = has_alpha(image)
     if mode is None:
         mode = "RGBA" if transparent else "L" if image.mode in ("1", "L") else "RGB"
+    image = to_srgb(image.convert("RGBA") if transparent else image)
     if transparent and mode != "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
     picture = image.convert(mode)
     picture.info.clear()
     return picture
@@ -123,9 +119,3 @@ def decibels(picture: Image.Image, original: Image.Image) -> float:
 
     original = original if original.size == picture.size else original.resize(picture.size)
     return psnr(to_pixels(picture), to_pixels(original)).item()
-
-
-def _formats() -> list[str]:
-    """Those of the allowed formats that this Pillow can read."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]

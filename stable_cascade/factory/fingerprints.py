@@ -15,7 +15,7 @@ from stable_cascade.hub import hub_file
 from .clip import clip_source
 from .networks import SCRATCH, preset, source
 
-_FORMAT = 1
+_FORMAT = 2  # since 2 an ICC profile is applied
 """Raise it when the same network and image give other tensors than before."""
 
 _SOURCES = "sources.json"

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from stable_cascade.bounds import check_shape
+from stable_cascade.pixels import rgb_pixels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -77,12 +78,7 @@ def to_pixels(images: Any, name: str = "images") -> Tensor:
 
 def _pixels(image: Any, name: str) -> Tensor:
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        array = np.asarray(image.convert("RGB"), np.float32) / 255
-        return torch.from_numpy(array).permute(2, 0, 1)
+        return from_array(rgb_pixels(image))
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3:
         return in_range(from_array(image), name)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point():
