@@ -25,8 +25,8 @@ from stable_cascade.diffusion.weighting import p2_weight
 from stable_cascade.embedded import embedded_path
 from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.clip import clip_pixels, encode_prompts
+from stable_cascade.training import seeded
 from stable_cascade.training.optimizers import learning_rate_share
-from stable_cascade.training.randomness import seeded
 
 LEFT_OUT = (
     "lora_checkpoint_path", "module_excludes", "rank_pattern", "token_lr", "train_text_encoder", "regularization_path",

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from stable_cascade.training import make_accelerator
-from stable_cascade.training.noise_levels import COUNTS, MEANS, LossByNoiseLevel, Span, spans_of_log
-from stable_cascade.training.noise_plot import plot_spans
+from stable_cascade.training.noise_levels import COUNTS, MEANS, LossByNoiseLevel, Span, plot_spans, spans_of_log
 from tests.toy_run import Toy, saved, toy_config, toy_train
 
 

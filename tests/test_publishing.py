@@ -19,7 +19,7 @@ from stable_cascade.cli.main import main
 from stable_cascade.embedded import embedded_path
 from stable_cascade.training.model_card import public_place, recorded_settings, write_model_card
 from stable_cascade.training.publishing import check_token, push_to_hub
-from stable_cascade.training.sheets import preview_sheet, sheet_pictures
+from stable_cascade.training.sheets import preview_sheet, sheet_images
 from tests.hub_stand_in import TOKEN, hub_stand_in
 from tests.tiny_cascade import tiny_decoder, tiny_prior
 from tests.toy_run import toy_config, toy_train
@@ -135,7 +135,7 @@ def test_card_shows_the_last_sheet(tmp_path, lora):
         {"text": "an [ink] owl", "output": {"url": "samples/01.png"}},
     ]
     assert "(samples/sheet.png)" in text
-    assert len(sheet_pictures(folder / "samples/sheet.png")) == 4
+    assert len(sheet_images(folder / "samples/sheet.png")) == 4
     (folder / "README.md").write_text("mine")
     main(["publish", str(folder), "--repo", "someone/ink", "--card-only"])
     assert (folder / "README.md").read_text() == "mine", "an edited card is kept"

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from stable_cascade.config import SemanticEncoderConfig, load_config, run_main
 from stable_cascade.data import index_samples
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training import preview_sheet
-from stable_cascade.training.sheets import sheet_pictures
+from stable_cascade.training.sheets import sheet_images
 from tests.test_data_remote import RangeHandler, server  # noqa: F401
 from tests.toy_run import toy_config, toy_train
 from tests.trainer_runs import ROOT, write_pictures
@@ -145,11 +145,35 @@ def test_tensorboard_has_figures_and_images(tmp_path):
 def test_sheet_gives_its_pictures_back(tmp_path):
     rows = [("pictures", torch.zeros(2, 3, 16, 16)), ("samples", torch.ones(1, 3, 16, 16))]
     path = preview_sheet(rows, tmp_path / "sheet.png", captions=["ein Bär", "b"], cell=96)
-    found = [(entry.row, entry.caption, entry.picture.getcolors()) for entry in sheet_pictures(path)]
+    found = [(entry.row, entry.caption, entry.image.getcolors()) for entry in sheet_images(path)]
     black, white = [(96 * 96, (0, 0, 0))], [(96 * 96, (255, 255, 255))]
     assert found == [("pictures", "ein Bär", black), ("pictures", "b", black), ("samples", "ein Bär", white)]
     Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
-    assert sheet_pictures(tmp_path / "other.png") == []
+    assert sheet_images(tmp_path / "other.png") == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("[]", "an object in braces is needed"),
+        ('{"cell": ' + "[" * 100_000, "nests its brackets too deeply"),
+        ('{"cell": 8}', "damaged layout"),
+        (
+            '{"cell": 8, "margin": 0, "left": 0, "captions": [], "rows": [["a", 1000000000]]}',
+            "smaller than its layout",
+        ),
+        (
+            '{"cell": 0, "margin": 0, "left": 0, "captions": [], "rows": [["a", 1000000000]]}',
+            "smaller than its layout",
+        ),
+    ],
+)
+def test_a_sheet_with_a_false_layout_is_refused(tmp_path, layout, message):
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("stable-cascade-sheet", layout)
+    Image.new("RGB", (16, 16)).save(tmp_path / "sheet.png", pnginfo=note)
+    with pytest.raises(ValueError, match=message):
+        sheet_images(tmp_path / "sheet.png")
 
 
 @pytest.mark.parametrize(

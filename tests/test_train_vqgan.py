@@ -24,7 +24,7 @@ from stable_cascade.objectives.vqgan import (
     psnr,
     vqgan_loss,
 )
-from stable_cascade.training.codebook import CodebookRevival, numbered
+from stable_cascade.trainers.vqgan import CodebookRevival, numbered
 from tests.tiny_cascade import VQGAN, seeded
 from tests.trainer_runs import ROOT, assert_same, settings, train, trainer_main, write_config, write_pictures
 from tests.two_processes import launch_two

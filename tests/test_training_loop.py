@@ -9,7 +9,7 @@ from torch import nn
 
 from stable_cascade.config import OptimizerSettings, TrainingSettings
 from stable_cascade.training import MovingAverage, NonFiniteError, averaged, learning_rate_share, preview_sheet, run
-from stable_cascade.training.randomness import seeded, step_seed
+from stable_cascade.training.loop import seeded, step_seed
 from tests.toy_run import Toy, saved, toy_batches, toy_config, toy_train
 
 

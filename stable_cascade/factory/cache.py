@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stable_cascade.data import Batch, PlannedCrop, SampleIndex, SampleStream, crop_batches, planned_crops
 from stable_cascade.data.cache import StoreWriter, TensorStore, digest
-from stable_cascade.training.processes import told
+from stable_cascade.training.processes import gathered
 
 from .clip import frozen_text, image_encoder
 from .data import loading_for, shown
@@ -209,7 +209,7 @@ def _fill_texts(config: Any, accelerator: Any, store: TensorStore, captions: set
 
 def everyone(accelerator: Any, values: list[Any]) -> list[Any]:
     """The values of all processes; none goes on before all are here."""
-    return [value for some in told(accelerator, values) for value in some]
+    return [value for some in gathered(accelerator, values) for value in some]
 
 
 def _belongs(name: str, accelerator: Any) -> bool:

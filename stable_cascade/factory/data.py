@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stable_cascade.data import Batch, SampleIndex, SampleStream, index_samples, training_batches, with_regularization
 from stable_cascade.data.images import in_unit_range
-from stable_cascade.training.processes import told
+from stable_cascade.training.processes import gathered
 
 
 def samples(config: Any) -> SampleIndex | SampleStream:
@@ -109,7 +109,7 @@ def check_agreement(index: SampleIndex | SampleStream, accelerator: Any) -> None
     """
     if isinstance(index, SampleStream) or accelerator.num_processes == 1:  # hashing all names takes a while
         return
-    if len(set(told(accelerator, index.fingerprint))) > 1:
+    if len(set(gathered(accelerator, index.fingerprint))) > 1:
         raise ValueError(
             "webdataset_path: the processes found different images, so a shard failed in some of them only; start "
             "again when all can read it"

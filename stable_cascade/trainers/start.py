@@ -9,8 +9,8 @@ import numpy as np
 from stable_cascade import factory
 from stable_cascade.adapters import tokens_of
 from stable_cascade.data import SampleIndex, SampleStream
-from stable_cascade.training.processes import shared
-from stable_cascade.training.run_folder import check_run_folders
+from stable_cascade.training.folders import check_run_folders
+from stable_cascade.training.processes import broadcast
 from stable_cascade.training.tracking import check_launch, make_accelerator
 from stable_cascade.wording import quoted
 
@@ -46,7 +46,7 @@ def start(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idle
             lines.append(f"data            {data_entry(config, index)}")
         except ValueError as found:
             error = str(found)
-    if error := shared(accelerator, error):
+    if error := broadcast(accelerator, error):
         raise ValueError(error)
     lines.append(f"processes       {accelerator.num_processes}, this one on {accelerator.device}")
     accelerator.print("\n".join(lines))

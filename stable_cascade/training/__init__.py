@@ -8,9 +8,8 @@ from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .ema import MovingAverage, averaged
-    from .loop import NonFiniteError, train
+    from .loop import NonFiniteError, seeded, train
     from .optimizers import build_optimizer, learning_rate_share
-    from .randomness import seeded
     from .run import TrainResult
     from .sheets import preview_sheet
     from .tracking import check_launch, make_accelerator, picture_folder

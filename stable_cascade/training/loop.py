@@ -9,6 +9,7 @@ stopped and resumed ends with the weights of one that never stopped, bit for bit
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,13 +18,10 @@ from torch import Tensor, nn
 
 from stable_cascade.config import TrainingSettings
 from stable_cascade.training import tracking
-from stable_cascade.training.folders import told_if_full
-from stable_cascade.training.interruption import SharedFailure, StopRequest
+from stable_cascade.training.folders import held, named_if_full
 from stable_cascade.training.optimizers import set_learning_rate
-from stable_cascade.training.processes import told
-from stable_cascade.training.randomness import seeded
+from stable_cascade.training.processes import SharedFailure, StopRequest, gathered
 from stable_cascade.training.run import Figures, PreviewFunction, Run, SaveFunction, TrainResult
-from stable_cascade.training.run_folder import held
 from stable_cascade.transfer import to_host
 
 LossFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -71,7 +69,7 @@ def train(
     """
     run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn, learning_rate, data)
     alone = held(run.folder) if accelerator.is_main_process else contextlib.nullcontext()
-    with SharedFailure(accelerator), told_if_full(run.pictures), alone:
+    with SharedFailure(accelerator), named_if_full(run.pictures), alone:
         run.restore()
         if run.step >= config.updates:
             accelerator.print(f"{config.experiment_id}: all {config.updates} steps are done already")
@@ -204,7 +202,7 @@ def _settle(accelerator: Any, figures: Figures) -> bool:
     _, bad, stop = figures.read_status()
     if bad:
         named = [key for key, loss in zip(figures.keys, figures.losses.tolist(), strict=True) if loss - loss != 0]
-        everyone = told(accelerator, (named, figures.keys))
+        everyone = gathered(accelerator, (named, figures.keys))
         culprits = [key for some, _ in everyone for key in some] or [key for _, some in everyone for key in some]
         what = "loss" if any(some for some, _ in everyone) else "gradient norm"
         raise NonFiniteError(
@@ -213,3 +211,21 @@ def _settle(accelerator: Any, figures: Figures) -> bool:
             "lr, and resume from the last checkpoint"
         )
     return stop > 0
+
+
+def step_seed(*parts: int) -> int:
+    """A 63-bit number that depends on all parts and their order."""
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *parts: int) -> Iterator[None]:
+    """Torch's generators seeded from `parts` inside the `with` block, and as they were after it.
+
+    Dropout has no generator argument; this is the one place where the package touches the global generators.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(step_seed(*parts))
+        yield

@@ -14,7 +14,7 @@ from stable_cascade.components import NETWORKS
 from stable_cascade.config import TRAINERS, keys_where
 from stable_cascade.formats.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
-from stable_cascade.training.sheets import sheet_pictures
+from stable_cascade.training.sheets import sheet_images
 
 CARD, SAMPLES = "README.md", "samples"
 RELEASED_LICENCE = "https://huggingface.co/stabilityai/stable-cascade/blob/main/LICENSE"
@@ -305,11 +305,11 @@ def _write_samples(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str,
     (folder / SAMPLES).mkdir(exist_ok=True)
     shutil.copyfile(sheets[-1], folder / SAMPLES / "sheet.png")
     written = [(f"{SAMPLES}/sheet.png", "")]
-    pictures = sheet_pictures(sheets[-1])
+    pictures = sheet_images(sheets[-1])
     last = [found for found in pictures if found.row == pictures[-1].row]
     for number, found in enumerate(last):
         name = f"{SAMPLES}/{number:02}.png"
-        found.picture.save(folder / name)
+        found.image.save(folder / name)
         written.append((name, found.caption))
     return written
 

@@ -9,7 +9,7 @@ from typing import Any
 from stable_cascade.config import TrainingSettings
 from stable_cascade.redaction import redacted
 from stable_cascade.training.model_card import write_model_card
-from stable_cascade.training.processes import shared
+from stable_cascade.training.processes import broadcast
 
 LATER = "`stable-cascade publish {folder} --repo {repo}`"
 
@@ -28,7 +28,7 @@ def check_upload(config: TrainingSettings, accelerator: Any) -> None:
         except ValueError as error:
             later = LATER.format(folder="FOLDER", repo=repository(config))
             problem = f"push_to_hub: {error}; or set push_to_hub: False and upload with {later} after the training"
-    if problem := shared(accelerator, problem):
+    if problem := broadcast(accelerator, problem):
         raise ValueError(problem)
 
 

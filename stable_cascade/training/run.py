@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import as_written, compile_blocks
 from stable_cascade.config import TrainingSettings
-from stable_cascade.training import checkpoints, run_folder, sharding, tracking
+from stable_cascade.training import checkpoints, folders, sharding, tracking
 from stable_cascade.training.ema import MovingAverage, averaged, trainable
 from stable_cascade.training.float8 import prepare_float8
 from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
 from stable_cascade.training.noise_levels import LossByNoiseLevel
 from stable_cascade.training.optimizers import build_optimizer, parameter_groups
-from stable_cascade.training.processes import shared, told
+from stable_cascade.training.processes import broadcast, gathered
 from stable_cascade.training.publishing import publish_run
 
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
@@ -122,18 +122,18 @@ class Run:
         self.window: list[Tensor] = []
         self.noise_levels = LossByNoiseLevel()
         self.pictures = tracking.picture_folder(config)
-        self.folder = run_folder.run_folder(config)
+        self.folder = folders.run_folder(config)
 
     def restore(self) -> None:
         """Take up the checkpoint that the config means, if there is one."""
         found: list[Path] = []
         if self.accelerator.is_main_process:
             if self.folder.exists():
-                run_folder.sweep(self.folder)
-            if self.config.resume == "never" and (aside := run_folder.set_aside(self.folder)):
+                folders.sweep(self.folder)
+            if self.config.resume == "never" and (aside := folders.set_aside(self.folder)):
                 self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
             found = checkpoints.find_checkpoints(self.config)
-        found = shared(self.accelerator, found)
+        found = broadcast(self.accelerator, found)
         for folder in found:
             try:
                 self._load(folder)
@@ -178,7 +178,7 @@ class Run:
             contents = checkpoints.read_checkpoint(folder, self.config, share, self.data)
         except ValueError as found:
             error = (str(found), isinstance(found, checkpoints.DamagedError))
-        for message, damaged in filter(None, told(accelerator, error)):
+        for message, damaged in filter(None, gathered(accelerator, error)):
             raise checkpoints.DamagedError(message) if damaged else ValueError(message)
         return contents
 
@@ -244,14 +244,14 @@ class Run:
 
     def save(self, whole: Whole) -> None:
         """Write the checkpoint of this step, back it up when due, delete the oldest."""
-        target = run_folder.step_folder(self.folder, self.step)
+        target = folders.step_folder(self.folder, self.step)
         begun, checksums = self._write_parts(target) if self.sharded else (None, None)
         if self.accelerator.is_main_process:
             contents, export = self._contents(), functools.partial(self._export, whole)
             checkpoints.write_checkpoint(target, contents, self.config, export, begun=begun, checksums=checksums)
             if self.backup_due:
                 checkpoints.keep_backup(target)
-            run_folder.rotate(self.folder, self.config.checkpoints_total_limit, target)
+            folders.rotate(self.folder, self.config.checkpoints_total_limit, target)
         self.checkpoint = target
         self.accelerator.wait_for_everyone()
 
@@ -274,7 +274,7 @@ class Run:
 
     def _write_parts(self, target: Path) -> tuple[Path, dict[str, list[int]]]:
         """Let every process write its part of a checkpoint; the folder it is begun in, and the parts' checksums."""
-        begun = shared(self.accelerator, begin_folder(target) if self.accelerator.is_main_process else None)
+        begun = broadcast(self.accelerator, begin_folder(target) if self.accelerator.is_main_process else None)
         with cleared_if_full(begun, target):
             return begun, sharding.write_together(self.accelerator, begun / checkpoints.PARTS, self._parts())
 

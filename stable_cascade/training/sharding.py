@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stable_cascade.training.ema import MovingAverage, averaged
 from stable_cascade.training.folders import checked
-from stable_cascade.training.processes import told
+from stable_cascade.training.processes import gathered
 
 
 def is_sharded(accelerator: Any) -> bool:
@@ -152,11 +152,11 @@ def write_together(accelerator: Any, folder: Path, parts: Parts) -> dict[str, li
     if accelerator.is_main_process:
         folder.mkdir()
     accelerator.wait_for_everyone()
-    if not all(told(accelerator, folder.is_dir())):
+    if not all(gathered(accelerator, folder.is_dir())):
         raise ValueError(f"{folder.parent} is not a folder that all machines share; set checkpoint_path to one")
     write_parts(folder, parts)
     files = sorted(folder.iterdir())[accelerator.process_index :: accelerator.num_processes]
-    sums = told(accelerator, {f"{folder.name}/{path.name}": checked(path) for path in files})
+    sums = gathered(accelerator, {f"{folder.name}/{path.name}": checked(path) for path in files})
     return {name: value for some in sums for name, value in some.items()}
 
 

@@ -1,4 +1,4 @@
-"""Preview sheets: rows of pictures with labels, as one PNG that says of itself which picture is where."""
+"""Preview sheets: rows of images with labels, as one PNG that records which image is where."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from stable_cascade.formats.json_files import parse_json
+
 
 def preview_sheet(
     rows: Sequence[tuple[str, Tensor]],
@@ -19,42 +21,47 @@ def preview_sheet(
     cell: int | None = None,
     margin: int = 4,
 ) -> Path:
-    """Write one row of pictures per entry, its label at the left and captions under the columns; returns the path.
+    """Write one row of images per entry, its label at the left and captions under the columns; returns the path.
 
     Shapes: each row (N, 3, H, W) in [0, 1], sizes and N may differ.
 
     Args:
-        cell: side of the square each picture is fitted into, in pixels; absent: the largest picture's, at least 96.
+        cell: side of the square each image is fitted into, in pixels; absent: the largest image's, at least 96.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no images.
     """
     from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-    rows = [(label, pictures) for label, pictures in rows if len(pictures)]
+    # Sizes: cells are squares, labels lie at the left, captions below.
+    rows = [(label, images) for label, images in rows if len(images)]
     if not rows:
-        raise ValueError("a preview sheet needs at least one row with pictures")
-    cell = cell or max(96, max(side for _, pictures in rows for side in pictures.shape[-2:]))
+        raise ValueError("a preview sheet needs at least one row with images")
+    cell = cell or max(96, max(side for _, images in rows for side in images.shape[-2:]))
     font = ImageFont.load_default()
     left = margin * 2 + max(int(font.getlength(label)) for label, _ in rows)
-    columns = max(len(pictures) for _, pictures in rows)
+    columns = max(len(images) for _, images in rows)
     bottom = 2 * margin + 12 if captions else 0
     size = (left + columns * (cell + margin), margin + len(rows) * (cell + margin) + bottom)
+
+    # Draw rows and captions.
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (label, pictures) in enumerate(rows):
+    for number, (label, images) in enumerate(rows):
         top = margin + number * (cell + margin)
         draw.text((margin, top + cell // 2 - 6), label, "black", font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(_fitted(picture, cell), (left + column * (cell + margin), top))
+        for column, image in enumerate(images):
+            sheet.paste(_fitted(image, cell), (left + column * (cell + margin), top))
     for column, caption in enumerate(captions[:columns]):
         shown = _shortened(caption, cell, font.getlength)
         draw.text((left + column * (cell + margin), size[1] - bottom + margin), shown, "black", font)
+
+    # Write the PNG with its layout.
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = {
         "cell": cell, "margin": margin, "left": left, "captions": list(captions),
-        "rows": [[label, len(pictures)] for label, pictures in rows],
+        "rows": [[label, len(images)] for label, images in rows],
     }  # fmt: skip
     note = PngImagePlugin.PngInfo()
     note.add_itxt(_LAYOUT, json.dumps(layout, ensure_ascii=False))
@@ -63,32 +70,50 @@ def preview_sheet(
 
 
 @dataclass(frozen=True)
-class SheetPicture:
-    """One picture of a sheet: the label of its row, the caption under its column, and a PIL picture."""
+class SheetImage:
+    """One image of a sheet: the label of its row, the caption under its column, and a PIL image."""
 
     row: str
     caption: str
-    picture: Any
+    image: Any
 
 
-def sheet_pictures(path: str | Path) -> list[SheetPicture]:
-    """The pictures of a sheet that `preview_sheet` wrote, row by row; none of any other picture."""
+def sheet_images(path: str | Path) -> list[SheetImage]:
+    """The images of a sheet that `preview_sheet` wrote, row by row; none of any other image.
+
+    Raises:
+        ValueError: the layout in the file is not one that `preview_sheet` writes.
+    """
     from PIL import Image
 
     with Image.open(path) as opened:
         text = getattr(opened, "text", {}).get(_LAYOUT)
+        if text is None:
+            return []
         sheet = opened.convert("RGB")
-    if text is None:
-        return []
-    layout = json.loads(text)
-    cell, margin, captions = layout["cell"], layout["margin"], layout["captions"]
+
+    # Where each row and column lies; the boxes have to lie within the sheet, so that no number in the file is trusted.
+    layout = parse_json(text, f"the layout in '{Path(path).name}'")
+    try:
+        cell, margin, left = (int(layout[key]) for key in ("cell", "margin", "left"))
+        captions, rows = (
+            [str(caption) for caption in layout["captions"]],
+            [(str(r), int(n)) for r, n in layout["rows"]],
+        )
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"'{Path(path).name}' has a damaged layout; draw the preview sheet again") from None
+    width, height = max((count for _, count in rows), default=0) * (cell + margin), len(rows) * (cell + margin)
+    if min(cell, left, margin) < 0 or not cell or left + width > sheet.width or height > sheet.height:
+        raise ValueError(f"'{Path(path).name}' is smaller than its layout; draw the preview sheet again")
+
+    # Cut the images out.
     found = []
-    for number, (label, count) in enumerate(layout["rows"]):
+    for number, (label, count) in enumerate(rows):
         top = margin + number * (cell + margin)
         for column in range(count):
-            left = layout["left"] + column * (cell + margin)
+            x = left + column * (cell + margin)
             caption = captions[column] if column < len(captions) else ""
-            found.append(SheetPicture(label, caption, sheet.crop((left, top, left + cell, top + cell))))
+            found.append(SheetImage(label, caption, sheet.crop((x, top, x + cell, top + cell))))
     return found
 
 
@@ -96,8 +121,8 @@ _LAYOUT = "stable-cascade-sheet"
 """The PNG text that holds a sheet's layout."""
 
 
-def to_picture(pixels: Tensor):
-    """A PIL picture of one tensor.
+def to_image(pixels: Tensor):
+    """A PIL image of one tensor.
 
     Shapes: (3, H, W) in [0, 1].
     """
@@ -108,14 +133,14 @@ def to_picture(pixels: Tensor):
 
 
 def _fitted(pixels: Tensor, cell: int):
-    """The picture on a white square of side `cell`, enlarged in whole steps or shrunk smoothly."""
+    """The image on a white square of side `cell`, enlarged in whole steps or shrunk smoothly."""
     from PIL import Image
 
-    picture = to_picture(pixels)
-    scale = cell / max(picture.size)
+    image = to_image(pixels)
+    scale = cell / max(image.size)
     scale = float(int(scale)) if scale >= 1 else scale
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    resized = picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resized = image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
     square = Image.new("RGB", (cell, cell), "white")
     square.paste(resized, ((cell - size[0]) // 2, (cell - size[1]) // 2))
     return square

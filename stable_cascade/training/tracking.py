@@ -17,11 +17,10 @@ from typing import Any
 
 from stable_cascade.config import TrainingSettings
 from stable_cascade.redaction import redacted
-from stable_cascade.training.noise_levels import MEANS, spans_of_log
-from stable_cascade.training.noise_plot import plot_spans
+from stable_cascade.training.noise_levels import MEANS, plot_spans, spans_of_log
 from stable_cascade.training.publishing import check_upload
 from stable_cascade.training.sharding import is_sharded
-from stable_cascade.training.sheets import sheet_pictures
+from stable_cascade.training.sheets import sheet_images
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +209,7 @@ def _log_table(tracker: Any, name: str, path: Path, step: int) -> None:
     """The pictures of one sheet, each a line with its prompt."""
     import wandb
 
-    lines = [[step, found.caption, found.row, wandb.Image(found.picture)] for found in sheet_pictures(path)]
+    lines = [[step, found.caption, found.row, wandb.Image(found.image)] for found in sheet_images(path)]
     if lines:
         tracker.log_table(name, columns=["step", "prompt", "row", "picture"], data=lines, step=step)
 
