@@ -34,7 +34,7 @@ if who == "ours":
     network = StableCascadePrior.from_single_file(path, config="1B")
 else:
     from safetensors.torch import load_file
-    from stable_cascade.formats import from_original
+    from stable_cascade.files import from_original
     config = PRESETS["prior"]["1B"]
     network = StableCascadeUNet(**config).to(torch.bfloat16)
     network.load_state_dict(from_original(load_file(path), "prior"))
@@ -66,7 +66,7 @@ def write_prior(file: Path) -> None:
     from safetensors.torch import save_file
 
     from stable_cascade import StableCascadePrior
-    from stable_cascade.formats import to_original
+    from stable_cascade.files import to_original
     from stable_cascade.models.loading import on_meta
 
     network = on_meta(StableCascadePrior, PRESETS["prior"]["1B"])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         embedded,
         estimate,
         factory,
-        formats,
+        files,
         models,
         objectives,
         pipelines,

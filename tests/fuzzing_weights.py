@@ -79,7 +79,7 @@ def _make_controlnet(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 def _use_controlnet(path: Path) -> None:
     from stable_cascade import StableCascadeControlNet
-    from stable_cascade.formats.controlnet import read_description, read_shapes
+    from stable_cascade.files.controlnet import read_description, read_shapes
 
     read_description(path)
     read_shapes(path)
@@ -144,7 +144,7 @@ def _use_peft_folder(path: Path) -> None:
 def _use_lora(path: Path) -> None:
     """Loads it and what another format makes of it, to the same update; a refused file must have changed nothing."""
     from stable_cascade.adapters.conversion import convert_lora
-    from stable_cascade.formats.lora import FORMATS
+    from stable_cascade.files.lora import FORMATS
 
     prior, format = _adapted()["prior"], list(FORMATS)[zlib.crc32(path.read_bytes()) % len(FORMATS)]
     first = _updates(prior, path)
@@ -252,7 +252,7 @@ def _make_checkpoint(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 def _use_inspect(path: Path) -> None:
     """What `inspect` shows of it: as text and as JSON, of bounded size and without control characters."""
-    from stable_cascade.formats.detection import describe
+    from stable_cascade.files.detection import describe
 
     described = describe(path)
     text = str(described)
@@ -320,7 +320,7 @@ class _Foreign:
 
 def _use_pickle(path: Path) -> None:
     from stable_cascade import StableCascadePreviewer
-    from stable_cascade.formats.detection import describe
+    from stable_cascade.files.detection import describe
 
     model = StableCascadePreviewer.from_single_file(path, config=PREVIEWER)
     assert all(value.device.type == "cpu" and not value.is_sparse for value in model.state_dict().values())

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from stable_cascade.formats import from_original, to_original
+from stable_cascade.files import from_original, to_original
 from stable_cascade.models import StableCascadeDecoder, StableCascadePrior
 from tests.golden import entry, fill, tensors
 

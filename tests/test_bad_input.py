@@ -27,7 +27,7 @@ from stable_cascade.cli.main import main
 from stable_cascade.data.images import decode_image, image_size
 from stable_cascade.drawing import Drawing, read_drawing, read_picture
 from stable_cascade.embedded import embedded_path
-from stable_cascade.formats import describe
+from stable_cascade.files import describe
 from tests.drawing_parts import checkered, half_mask, make_controlnet, make_lora, png_of_size
 from tests.fuzzing_images import bomb
 from tests.tiny_cascade import tiny_parts

@@ -285,7 +285,7 @@ def test_single_files_draw_what_their_folder_does(session, tmp_path):
     from safetensors.torch import save_file
 
     from stable_cascade.embedded import embedded_path
-    from stable_cascade.formats import to_original
+    from stable_cascade.files import to_original
 
     plain = session.draw(fast(session))[0].picture  # takes LoRAs of other tests out, too
     for stage, component in (("stage_c", "prior"), ("stage_b", "decoder")):

@@ -19,8 +19,8 @@ from stable_cascade import (
     StableCascadeUNet,
 )
 from stable_cascade.embedded import embedded_path
-from stable_cascade.formats.checkpoints import merge_checkpoint
-from stable_cascade.formats.clip import to_openclip
+from stable_cascade.files.checkpoints import merge_checkpoint
+from stable_cascade.files.clip import to_openclip
 from stable_cascade.pipelines.hub import _weights
 from tests.released_layout import file_bytes, released_folders, without
 from tests.tiny_cascade import DECODER, MULTIPLE, PRIOR, VQGAN

@@ -6,7 +6,7 @@ from diffusers import StableCascadeUNet
 from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_single_file_to_diffusers
 from safetensors.torch import save_file
 
-from stable_cascade.formats import KEY_MAPS, from_original, to_original
+from stable_cascade.files import KEY_MAPS, from_original, to_original
 from stable_cascade.models import PRESETS, StableCascadeDecoder, StableCascadePrior
 from stable_cascade.models.loading import on_meta
 from tests.golden import entry, fill

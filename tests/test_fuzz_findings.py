@@ -20,8 +20,8 @@ from stable_cascade.cli.main import main
 from stable_cascade.config import DecoderConfig, load_config
 from stable_cascade.controls import make_filter
 from stable_cascade.data.images import decode_image
-from stable_cascade.formats import describe, from_original
-from stable_cascade.formats.json_files import check_sizes, read_config
+from stable_cascade.files import describe, from_original
+from stable_cascade.files.json_files import check_sizes, read_config
 from stable_cascade.wording import brief, quoted
 from tests.fuzzing_folders import sound_folder
 from tests.fuzzing_headers import file_of

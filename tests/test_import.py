@@ -53,7 +53,7 @@ def test_public_subpackage_is_there(name):
 def test_documented_functions_are_there():
     from stable_cascade.adapters import load_lora
     from stable_cascade.embedded import embedded_path
-    from stable_cascade.formats import from_original, to_original
+    from stable_cascade.files import from_original, to_original
 
     assert all(callable(function) for function in (load_lora, embedded_path, from_original, to_original))
 

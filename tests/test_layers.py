@@ -27,7 +27,7 @@ LAYERS = {
     "diffusion": 0,
     "data": 0,
     "controls": 0,
-    "formats": 0,
+    "files": 0,
     "embedded": 0,
     "config": 0,
     "models": 1,

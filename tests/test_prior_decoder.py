@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableCascadeUNet
 
-from stable_cascade.formats import to_original
+from stable_cascade.files import to_original
 from stable_cascade.models import PRESETS, StableCascadeControlNet, StableCascadeDecoder, StableCascadePrior, attention
 from stable_cascade.models.attention import project
 from stable_cascade.models.loading import on_meta

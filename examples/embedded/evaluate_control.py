@@ -51,7 +51,7 @@ def load_control(folder: Path):
     """The ControlNet that train_controlnet.py wrote, and the filter that it was trained with."""
     from stable_cascade import StableCascadeControlNet
     from stable_cascade.controls import make_filter
-    from stable_cascade.formats.controlnet import read_description
+    from stable_cascade.files.controlnet import read_description
 
     known = read_description(folder / "controlnet.safetensors")
     controlnet = StableCascadeControlNet.from_pretrained(folder / "controlnet").eval()

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stable_cascade.formats import lora as files
-from stable_cascade.formats.lora.conversion import TOKEN_KEY
-from stable_cascade.formats.tensor_files import read_tensors
+from stable_cascade.files import lora as files
+from stable_cascade.files.lora.conversion import TOKEN_KEY
+from stable_cascade.files.tensor_files import read_tensors
 from stable_cascade.wording import quoted
 
 from .tokens import check_token_rows, restart_rows

@@ -12,7 +12,7 @@ import torch
 from torch import Size, Tensor
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats import lora as files
+from stable_cascade.files import lora as files
 from stable_cascade.wording import brief, quoted
 
 from .layers import component_of, layer_shapes
@@ -39,7 +39,7 @@ def convert_lora(
     Args:
         source: a file, a folder, a Hub name or a state dict.
         target: a `.safetensors` file, or, for `peft`, a folder.
-        format: one of `formats.lora.FORMATS`.
+        format: one of `files.lora.FORMATS`.
         base: the network it was trained for, where it is neither a released one nor the embedded one, or where tokens
             go from or to the original's format: a pipeline, its folder, a network, or a preset's name.
         module_filters, train_tokens: of the training, where the original's format does not store them.
@@ -149,7 +149,7 @@ def _layers_of(base: Any) -> dict[str, Mapping[str, Size]]:
 
 def _layers_of_folder(folder: Path) -> dict[str, Mapping[str, Size]]:
     """Component -> layers by the config.json of each, without reading a weight."""
-    from stable_cascade.formats.json_files import read_config
+    from stable_cascade.files.json_files import read_config
     from stable_cascade.models.decoder import StableCascadeDecoder
     from stable_cascade.models.loading import built_on_meta
     from stable_cascade.models.prior import StableCascadePrior

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_cascade.formats.lora import Part
+from stable_cascade.files.lora import Part
 from stable_cascade.wording import quoted
 
 from .layers import carrying
@@ -64,7 +64,7 @@ def swap(model: Any, part: Part, adapter_name: str, weight: float = 1.0) -> None
     """Puts an update's values into a loaded adapter, after `check_swap`."""
     from peft import LoraConfig
 
-    from stable_cascade.formats.lora.metadata import config_of
+    from stable_cascade.files.lora.metadata import config_of
 
     ranks, alphas = {}, {}
     for name, layer in carrying(model, adapter_name):

@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_
 from torch import Tensor, nn
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats.lora import Part
+from stable_cascade.files.lora import Part
 
 from .bundled_tokens import usable_rows
 from .hotswap import check_swap, swap

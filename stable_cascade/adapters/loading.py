@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats import lora as files
-from stable_cascade.formats.lora import LoraFile as LoraFile  # what `read_lora` returns
-from stable_cascade.formats.lora import Part
-from stable_cascade.formats.lora.metadata import config_of
+from stable_cascade.files import lora as files
+from stable_cascade.files.lora import LoraFile as LoraFile  # what `read_lora` returns
+from stable_cascade.files.lora import Part
+from stable_cascade.files.lora.metadata import config_of
 from stable_cascade.wording import brief, quoted
 
 from .hotswap import make_room
@@ -34,7 +34,7 @@ def load_lora(
     """Names of the layers that a LoRA file, folder or state dict updates in this network; it is active afterwards.
 
     Args:
-        path: of any format in `formats.lora.FORMATS` and `formats.lora.READ_ONLY`, told by its keys.
+        path: of any format in `files.lora.FORMATS` and `files.lora.READ_ONLY`, told by its keys.
         weight: how strongly the update acts, 0 for not at all.
         module_filters: of the training, for the original's files only, which do not store them.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats import lora as files
+from stable_cascade.files import lora as files
 
 from .layers import component_of, inject, layer_shapes
 from .loading import lora_path as lora_path  # both directions of a file under one name

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats import lora as files
+from stable_cascade.files import lora as files
 from stable_cascade.hub import hub_file
 from stable_cascade.wording import quoted
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats.tensor_files import read_weights
+from stable_cascade.files.tensor_files import read_weights
 from stable_cascade.wording import quoted
 
 logger = logging.getLogger(__name__)

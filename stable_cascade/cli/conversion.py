@@ -49,7 +49,7 @@ def add_convert(commands: Any) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     import json
 
-    from stable_cascade.formats import describe
+    from stable_cascade.files import describe
 
     found = describe(arguments.source)
     convert = {"lora": _lora, "tokens": _tokens}.get(found.kind, _networks)
@@ -75,7 +75,7 @@ def _networks(arguments: argparse.Namespace) -> Any:
 def _lora(arguments: argparse.Namespace) -> Any:
     from stable_cascade.adapters.conversion import convert_lora
     from stable_cascade.embedded import embedded_path
-    from stable_cascade.formats.writing import check_target
+    from stable_cascade.files.writing import check_target
 
     _refuse(arguments, (*NETWORK_OPTIONS, "token"), "a LoRA, which keeps its own type")
     check_target(Path(arguments.target), Path(arguments.source), overwrite=arguments.overwrite)
@@ -90,7 +90,7 @@ def _lora(arguments: argparse.Namespace) -> Any:
 
 
 def _tokens(arguments: argparse.Namespace) -> Any:
-    from stable_cascade.formats.token_files import convert_tokens
+    from stable_cascade.files.token_files import convert_tokens
 
     _refuse(arguments, (*NETWORK_OPTIONS, *LORA_OPTIONS), "learned tokens")
     options = {"token": arguments.token, "overwrite": arguments.overwrite}

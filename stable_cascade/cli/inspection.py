@@ -24,7 +24,7 @@ def add_inspect(commands: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     import json
 
-    from stable_cascade.formats import describe
+    from stable_cascade.files import describe
     from stable_cascade.redaction import redacted
 
     found = [describe(file) for file in arguments.files]

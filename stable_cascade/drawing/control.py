@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stable_cascade.controls import InpaintFilter, control_picture, filter_names, make_filter
 from stable_cascade.disk import local_path
-from stable_cascade.formats.controlnet import read_description, read_shapes
-from stable_cascade.formats.headers import file_type, read_header
-from stable_cascade.formats.json_files import read_json
+from stable_cascade.files.controlnet import read_description, read_shapes
+from stable_cascade.files.headers import file_type, read_header
+from stable_cascade.files.json_files import read_json
 from stable_cascade.pipelines.outputs import to_pictures, to_pixels
 from stable_cascade.wording import brief, quoted
 

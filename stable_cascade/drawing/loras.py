@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from stable_cascade.formats.detection import describe
+from stable_cascade.files.detection import describe
 from stable_cascade.wording import brief, quoted
 
 from .files import is_hub_name, lora_files

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stable_cascade.data import Batch
 from stable_cascade.diffusion.noise import sample_generators
-from stable_cascade.formats.controlnet import DESCRIPTION, read_description, read_shapes, save_controlnet
-from stable_cascade.formats.json_files import read_config
+from stable_cascade.files.controlnet import DESCRIPTION, read_description, read_shapes, save_controlnet
+from stable_cascade.files.json_files import read_config
 from stable_cascade.models.controlnet import StableCascadeControlNet
 from stable_cascade.wording import brief
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stable_cascade.formats.json_files import read_json
+from stable_cascade.files.json_files import read_json
 from stable_cascade.hub import hub_file
 
 from .clip import clip_source

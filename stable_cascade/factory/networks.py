@@ -11,7 +11,7 @@ from torch import nn
 
 from stable_cascade.adapters.quantized import check_format, quantize, quantized_bytes
 from stable_cascade.components import NETWORKS
-from stable_cascade.formats.json_files import read_config
+from stable_cascade.files.json_files import read_config
 from stable_cascade.hub import HubError, NotAskedError, ask
 from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.loading import single_file_config

@@ -12,9 +12,9 @@ from torch import Tensor
 from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
-from stable_cascade.formats.configs import read_configs
-from stable_cascade.formats.json_files import read_json
-from stable_cascade.formats.signatures import size_of
+from stable_cascade.files.configs import read_configs
+from stable_cascade.files.json_files import read_json
+from stable_cascade.files.signatures import size_of
 from stable_cascade.wording import quoted
 
 from .loading import check_fit, read_file, weights_of

@@ -131,7 +131,7 @@ class StableCascadeControlNet(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdap
 
         A file of ours says itself which config it has.
         """
-        from stable_cascade.formats.controlnet import read_description
+        from stable_cascade.files.controlnet import read_description
 
         from .loading import load_single_file
 
@@ -144,7 +144,7 @@ class StableCascadeControlNet(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdap
 
     def to_original(self) -> dict[str, Tensor]:
         """The weights under the original's names."""
-        from stable_cascade.formats.networks import to_original
+        from stable_cascade.files.networks import to_original
 
         return to_original(self.state_dict(), "controlnet")
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from stable_cascade.components import CLIP, COMPONENTS
 from stable_cascade.disk import local_path
-from stable_cascade.formats import clip, controlnet
-from stable_cascade.formats.checkpoints import NETWORK, STAGES, merge_checkpoint, to_bare
-from stable_cascade.formats.configs import write_configs
-from stable_cascade.formats.folders import INDEX
-from stable_cascade.formats.networks import KEY_MAPS
-from stable_cascade.formats.signatures import size_of
-from stable_cascade.formats.writing import check_target, whole, write_tensors
+from stable_cascade.files import clip, controlnet
+from stable_cascade.files.checkpoints import NETWORK, STAGES, merge_checkpoint, to_bare
+from stable_cascade.files.configs import write_configs
+from stable_cascade.files.folders import INDEX
+from stable_cascade.files.networks import KEY_MAPS
+from stable_cascade.files.signatures import size_of
+from stable_cascade.files.writing import check_target, whole, write_tensors
 from stable_cascade.wording import brief, quoted
 
 from .clip_files import CONFIGS, clip_config, clip_on_meta

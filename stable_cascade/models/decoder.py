@@ -220,7 +220,7 @@ class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, C
 
     def to_original(self) -> dict[str, Tensor]:
         """The weights under the original's names."""
-        from stable_cascade.formats.networks import to_original
+        from stable_cascade.files.networks import to_original
 
         return to_original(self.state_dict(), "decoder")
 

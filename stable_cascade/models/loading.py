@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
-from stable_cascade.formats import tensor_files
-from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
-from stable_cascade.formats.configs import read_configs
-from stable_cascade.formats.detection import describe_tensors, infos_of
-from stable_cascade.formats.json_files import read_config
-from stable_cascade.formats.lora_facts import is_lora
-from stable_cascade.formats.networks import from_original
-from stable_cascade.formats.signatures import component_of, size_of, what_else
-from stable_cascade.formats.tensor_files import check_kinds, check_names, checked_header
+from stable_cascade.files import tensor_files
+from stable_cascade.files.checkpoints import split_checkpoint, to_ours
+from stable_cascade.files.configs import read_configs
+from stable_cascade.files.detection import describe_tensors, infos_of
+from stable_cascade.files.json_files import read_config
+from stable_cascade.files.lora_facts import is_lora
+from stable_cascade.files.networks import from_original
+from stable_cascade.files.signatures import component_of, size_of, what_else
+from stable_cascade.files.tensor_files import check_kinds, check_names, checked_header
 from stable_cascade.wording import brief, quoted
 
 from .hub_files import hub_file

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from stable_cascade.components import OTHER_WORDS, WITH_WEIGHTS
 from stable_cascade.disk import local_path
-from stable_cascade.formats import controlnet
-from stable_cascade.formats.checkpoints import split_checkpoint, to_ours
-from stable_cascade.formats.configs import KEY, read_configs
-from stable_cascade.formats.folders import INDEX, weight_files
-from stable_cascade.formats.json_files import read_config
-from stable_cascade.formats.signatures import what_else
-from stable_cascade.formats.tensor_files import read_tensors
+from stable_cascade.files import controlnet
+from stable_cascade.files.checkpoints import split_checkpoint, to_ours
+from stable_cascade.files.configs import KEY, read_configs
+from stable_cascade.files.folders import INDEX, weight_files
+from stable_cascade.files.json_files import read_config
+from stable_cascade.files.signatures import what_else
+from stable_cascade.files.tensor_files import read_tensors
 from stable_cascade.wording import brief, quoted
 
 from .loading import read_file

@@ -275,7 +275,7 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
 
     def to_original(self) -> dict[str, Tensor]:
         """The weights under the original's names."""
-        from stable_cascade.formats.networks import to_original
+        from stable_cascade.files.networks import to_original
 
         return to_original(self.state_dict(), "vqgan")
 

@@ -13,8 +13,8 @@ import torch
 
 from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
-from stable_cascade.formats.headers import read_header
-from stable_cascade.formats.json_files import read_config
+from stable_cascade.files.headers import read_header
+from stable_cascade.files.json_files import read_config
 from stable_cascade.models.pretrained import check_no_adapter, check_whole
 from stable_cascade.wording import brief, quoted
 

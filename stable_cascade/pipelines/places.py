@@ -9,7 +9,7 @@ from typing import Any
 
 from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
-from stable_cascade.formats.json_files import read_config
+from stable_cascade.files.json_files import read_config
 
 from .habits import OF_PRIOR
 from .hub import hub_folder

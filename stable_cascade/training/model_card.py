@@ -12,7 +12,7 @@ from typing import Any
 
 from stable_cascade.components import NETWORKS
 from stable_cascade.config import TRAINERS, keys_where
-from stable_cascade.formats.json_files import read_json
+from stable_cascade.files.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training.sheets import sheet_images
 

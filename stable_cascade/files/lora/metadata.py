@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from stable_cascade.formats.json_files import parse_json
+from stable_cascade.files.json_files import parse_json
 from stable_cascade.wording import quoted
 
 from .keys import COMPONENTS

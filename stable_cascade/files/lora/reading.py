@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats.tensor_files import read_weights
+from stable_cascade.files.tensor_files import read_weights
 from stable_cascade.wording import brief, quoted
 
 from .file import LoraFile

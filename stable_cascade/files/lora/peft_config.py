@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stable_cascade.formats.json_files import read_json
+from stable_cascade.files.json_files import read_json
 from stable_cascade.wording import brief, quoted
 
 CONFIG_NAME = "adapter_config.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stable_cascade.disk import local_path
-from stable_cascade.formats.writing import whole, write_tensors
+from stable_cascade.files.writing import whole, write_tensors
 from stable_cascade.wording import quoted
 
 from .file import FILTERS_KEY, LoraFile
