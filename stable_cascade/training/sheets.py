@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stable_cascade.formats.json_files import parse_json
+from stable_cascade.files.json_files import parse_json
 
 
 def preview_sheet(
