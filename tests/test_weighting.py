@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from stable_cascade import diffusion as d
+from stable_cascade.config import LoraConfig
+from stable_cascade.factory import loss_weight
 from tests.golden import FOLDER
 
 TABLES = json.loads((FOLDER / "gdf_tables.json").read_text())
@@ -161,6 +163,25 @@ def test_state_comes_back(kind):
         kind(buckets=7).load_state_dict(state)
     with pytest.raises(ValueError, match=key):
         kind().load_state_dict({"losses": state[key]})
+
+
+@pytest.mark.parametrize(
+    ("choice", "prediction_type", "published"),
+    [
+        ("debiased", "epsilon", d.debiased_weight),
+        ("truncated_snr", "sample", d.truncated_snr_weight),
+    ],
+)
+def test_a_weight_of_the_config_is_the_published_one_and_means_the_same_for_every_prediction(
+    choice, prediction_type, published
+):
+    def weight(kind):
+        return loss_weight(LoraConfig(loss_weight=choice, prediction_type=kind)).weight(GRID)
+
+    torch.testing.assert_close(weight(prediction_type), published(GRID))
+    on_clean = published(GRID) / d.prediction_factor(GRID, prediction_type)
+    for kind in d.PREDICTION_TYPES:
+        torch.testing.assert_close(weight(kind), on_clean * d.prediction_factor(GRID, kind))
 
 
 def test_adaptive_weight_stays_in_its_range_and_takes_no_gradient():

@@ -28,13 +28,22 @@ class Weighting:
 
 
 def loss_weight(config: Any) -> Weighting:
-    """The loss weight by noise level: P2 as published, adaptive, min-SNR or none."""
+    """The loss weight by noise level that a config chooses."""
+    # Adaptive: follows the loss, and so is part of the run's state.
     if config.loss_weight == "adaptive":
         adaptive = weighting.AdaptiveLossWeight()
         return Weighting(adaptive, {"adaptive_loss_weight": adaptive}, adaptive.update)
+
+    # Functions of log_snr. The debiased weight is published for the error of the noise, truncated SNR for that of the
+    # clean sample; the factor carries them over to what this network predicts.
+    def factor(log_snr: Tensor) -> Tensor:
+        return weighting.prediction_factor(log_snr, config.prediction_type)
+
     choices: dict[str, Callable[[Tensor], Tensor]] = {
         "p2": weighting.p2_weight,
         "min_snr": lambda log_snr: weighting.min_snr_weight(log_snr, config.min_snr_gamma, config.prediction_type),
+        "debiased": lambda log_snr: weighting.debiased_weight(log_snr) * log_snr.exp() * factor(log_snr),
+        "truncated_snr": lambda log_snr: weighting.truncated_snr_weight(log_snr) * factor(log_snr),
         "constant": torch.ones_like,
     }
     return Weighting(choices[config.loss_weight], {}, None)
