@@ -15,9 +15,8 @@ from stable_cascade.drawing import ControlChoice, Drawing, InputFile, LoraChoice
 from stable_cascade.drawing.files import sha256_of
 from stable_cascade.wording import brief, quoted
 
-from .choices import NONE, chosen, name_of
-from .form import AUTOMATIC, LORAS, OWN_FILTER, REFERENCES, Form
-from .masks import drawn_mask
+from .form import AUTOMATIC, LORAS, NONE, OWN_FILTER, REFERENCES, Form, chosen, name_of
+from .uploads import drawn_mask
 
 MOST_PICTURES = 16
 LARGEST_RANDOM_SEED = 2**32

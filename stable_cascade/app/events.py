@@ -11,8 +11,7 @@ from typing import Any
 import gradio as gr
 
 from .actions import random_seed
-from .choices import NONE, lora_files
-from .form import FIELDS, LORAS, Form, read_form
+from .form import FIELDS, LORAS, NONE, Form, lora_files, read_form
 from .history import with_newest
 from .studio import Progress, Studio
 

@@ -10,10 +10,8 @@ from typing import Any
 import gradio as gr
 
 from .events import connect, messages
-from .look import hint
-from .panels import buttons, lora_picker, sampling_settings, size_and_seed
+from .panels import FIRST, buttons, hint, lora_picker, sampling_settings, size_and_seed, task_tabs
 from .studio import Studio
-from .tabs import FIRST, task_tabs
 from .uploads import check_payload, uploaded_files
 
 EMBEDDED_PROMPTS = (

@@ -100,8 +100,8 @@ def make_application(settings: PageSettings, folder: Path) -> Any:
     from stable_cascade.drawing import Session
 
     from .guard import Guard
-    from .look import CSS, theme
     from .page import make_page
+    from .panels import CSS, theme
     from .studio import Studio
 
     session = Session(settings.model, dtype=settings.dtype, device=settings.device, offload=settings.offload)

@@ -13,8 +13,7 @@ from PIL import Image
 from stable_cascade.drawing.pictures import decibels
 
 from .actions import Known, Wish, described, filter_name, random_seed, settings_of, upload, wish
-from .choices import NONE, controlnet_paths, lora_files
-from .form import Form
+from .form import NONE, Form, controlnet_paths, lora_files
 from .history import History, values_of
 from .runs import Run, Step, Stopped
 from .settings import PageSettings

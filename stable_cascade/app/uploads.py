@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from stable_cascade import bounds
 from stable_cascade.disk import read_file
 from stable_cascade.drawing import Drawing, read_drawing, read_picture
 from stable_cascade.wording import brief
+
+_OPAQUE = 128
 
 
 def read_upload(path: str, *, mode: str | None = "RGB", largest: float) -> Image.Image:
@@ -72,3 +74,31 @@ def uploaded_files(payload: Any) -> Iterator[Mapping[str, Any]]:
 
 def _name(path: str) -> str:
     return brief(Path(path).name, 60)
+
+
+def drawn_mask(edited: Mapping[str, Any] | None, read: Callable[..., Image.Image]) -> tuple[Image.Image, Image.Image]:
+    """The picture below, and the mask of what was drawn over it: white where any layer covers it at least by half.
+
+    Args:
+        edited: the editor's value, `background` and `layers`, as paths of pictures with transparency.
+        read: (path, mode=None) -> picture.
+
+    Raises:
+        ValueError: there is no picture, or nothing is drawn over it.
+    """
+    path = (edited or {}).get("background")
+    background = read(path, mode=None) if path else None
+    if background is None or _blank(background):
+        raise ValueError("inpaint needs a picture; upload one and draw over what is to be painted anew")
+    mask = Image.new("L", background.size, 0)
+    for layer in (edited or {}).get("layers") or ():
+        covered = read(layer, mode=None).convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha >= _OPAQUE))
+        mask = ImageChops.lighter(mask, covered if covered.size == mask.size else covered.resize(mask.size))
+    if mask.getextrema() == (0, 0):
+        raise ValueError("the mask is empty; draw over what is to be painted anew, with the brush in the picture")
+    return background, mask
+
+
+def _blank(picture: Image.Image) -> bool:
+    """Whether it is fully transparent: the editor's canvas without a picture."""
+    return picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0)
