@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stable_cascade.models.attention import attend
+from stable_cascade.models.blocks import attend
 from stable_cascade.models.layers import GlobalResponseNorm
 from tests.golden_networks import golden_network
 from tests.test_half_precision import inputs_in, relative_error

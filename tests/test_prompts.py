@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stable_cascade import StableCascadePipeline
-from stable_cascade.models.attention import attend
+from stable_cascade.models.blocks import attend
 from stable_cascade.models.clip import (
     MOST_WINDOWS,
     attended_tokens,

@@ -146,7 +146,7 @@ def test_impossible_tiles_are_refused(side):
 
 def test_pipelines_and_the_session_pass_it_on():
     from stable_cascade.drawing import Session
-    from stable_cascade.pipelines.tiling import VAETilingMixin
+    from stable_cascade.pipelines.habits import VAETilingMixin
 
     pictures, kept = [], []
     for tiling_ in (None, True, False):

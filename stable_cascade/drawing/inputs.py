@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stable_cascade.pipelines.outpainting import outpaint
+from stable_cascade.pipelines.source import outpaint
 from stable_cascade.wording import quoted
 
 from .checks import LARGEST_SIDE, SMALLEST_SIDE

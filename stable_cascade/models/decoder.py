@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
-from .attention import AttentionBackendMixin
+from .blocks import AttentionBackendMixin
 from .conditioning import (
     StableCascadeUNetOutput,
     as_sequence,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import expect_many_sizes
 
-from .attention import AttentionBackendMixin
+from .blocks import AttentionBackendMixin
 from .clip import attended_tokens
 from .conditioning import (
     StableCascadeUNetOutput,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import KeysValues
 from .blocks import (
+    KeysValues,
     SDCascadeAttnBlock,
     SDCascadeFeedForwardBlock,
     SDCascadeResBlock,

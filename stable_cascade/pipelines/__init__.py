@@ -8,12 +8,11 @@ from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .decoder import StableCascadeDecoderPipeline
-    from .diffusers_names import StableCascadeCombinedPipeline
-    from .outpainting import outpaint
     from .outputs import StableCascadePriorPipelineOutput
     from .prior import StableCascadePriorPipeline
     from .reconstruction import StableCascadeReconstructionPipeline
-    from .text_to_image import StableCascadePipeline
+    from .source import outpaint
+    from .text_to_image import StableCascadeCombinedPipeline, StableCascadePipeline
 
 __all__ = [
     "StableCascadeCombinedPipeline",

@@ -11,16 +11,14 @@ from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
-from .callbacks import CALLBACK_TENSORS, step_callback
 from .folders import FromFolderMixin
-from .habits import HabitsMixin
+from .habits import HabitsMixin, VAETilingMixin
 from .inputs import check_size
 from .knobs import Sampling
 from .outputs import check_output_type
 from .prompts import EncodePromptMixin, PromptArguments
 from .source import Source, read_source
-from .stages import begin, decode, draw_vq, embed_text, stage_settings
-from .tiling import VAETilingMixin
+from .stages import CALLBACK_TENSORS, begin, decode, draw_vq, embed_text, stage_settings, step_callback
 
 
 class StableCascadeDecoderPipeline(  # type: ignore[misc]

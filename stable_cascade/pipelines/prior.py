@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
-from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
 from .folders import FromFolderMixin
 from .habits import HabitsMixin
@@ -19,9 +18,18 @@ from .inputs import default_side
 from .knobs import Sampling, whole
 from .outputs import StableCascadePriorPipelineOutput, check_output_type
 from .prompts import EncodePromptMixin, PromptArguments, embed_images
-from .references import image_conditions
 from .source import read_source
-from .stages import begin, check_call, check_guide, draw_semantic, embed_text, stage_settings
+from .stages import (
+    CALLBACK_TENSORS,
+    begin,
+    check_call,
+    check_guide,
+    draw_semantic,
+    embed_text,
+    image_conditions,
+    stage_settings,
+    step_callback,
+)
 
 
 class StableCascadePriorPipeline(  # type: ignore[misc]

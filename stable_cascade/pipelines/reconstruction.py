@@ -10,14 +10,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from torch import Generator, Tensor
 
-from .callbacks import CALLBACK_TENSORS
 from .folders import FromFolderMixin
-from .habits import HabitsMixin
+from .habits import HabitsMixin, VAETilingMixin
 from .knobs import Sampling, is_number
 from .outputs import to_pixels
 from .prompts import PromptArguments
 from .source import read_source
 from .stages import (
+    CALLBACK_TENSORS,
     begin,
     check_call,
     decode,
@@ -28,7 +28,6 @@ from .stages import (
     rough,
     stage_settings,
 )
-from .tiling import VAETilingMixin
 
 MOST_COMPRESSION = 4
 """Largest `compression`, in strides of the image encoder; Stage B has seen up to 2 in training."""

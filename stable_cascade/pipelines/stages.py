@@ -23,9 +23,9 @@ from .inputs import (
     seen_size,
     semantic_size,
 )
-from .knobs import checked, whole
+from .knobs import checked, is_number, whole
 from .outputs import check_output_type, to_pictures
-from .prompts import PromptArguments, encode
+from .prompts import PromptArguments, embed_images, encode
 from .sampling import (
     Kept,
     OnStep,
@@ -267,3 +267,80 @@ def preview_pictures(previewer: Any, semantic_latents: Any) -> list[Image.Image]
             f"preview_pictures takes semantic latents (B, {channels}, h, w), not {shape}; Stage C has them"
         )
     return rough(previewer, semantic_latents.to(previewer.device), "pil")
+
+
+CALLBACK_TENSORS = ["latents", "clean"]
+
+
+def step_callback(
+    pipeline: Any, settings: Settings, callback: Callable[..., Any] | None, names: Sequence[str], prefix: str = ""
+) -> OnStep:
+    """`callback(pipeline, step, time, tensors)` as the loop calls it; what it returns replaces the tensors.
+
+    `latents` are the noised latents, `clean` what the step takes the result to be, fit for previews. A callback that
+    sets `pipeline._guidance_scale` changes the guidance of the steps that follow, one that sets `pipeline._interrupt`
+    ends the stage.
+
+    Raises:
+        ValueError: a name that is not among the tensors.
+    """
+    unknown = [name for name in names if name not in CALLBACK_TENSORS]
+    if unknown:
+        allowed = ", ".join(CALLBACK_TENSORS)
+        raise ValueError(f"{prefix}callback_on_step_end_tensor_inputs '{unknown[0]}' is not one of {allowed}")
+
+    def on_step(step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        if step == 0:
+            pipeline._guidance_scale, pipeline._interrupt = settings.guidance_scale, False
+            pipeline._num_timesteps = settings.num_inference_steps
+        if callback is None:
+            return {}
+        shown = {name: tensors[name] for name in names}
+        changed = callback(pipeline, step, time, shown) or {}
+        return {**changed, "guidance_scale": pipeline._guidance_scale, "interrupt": pipeline._interrupt}
+
+    return on_step
+
+
+def image_conditions(
+    image_encoder: Any, images: Any, image_embeds: Tensor | None, weights: Sequence[float] | None, call: Call
+) -> Tensor | None:
+    """Embedded reference pictures, one row per image to draw; None without any. The weights are only checked.
+
+    Shapes: n pictures, or embeddings (n, D), (1, n, D) or (count, n, D) -> (count, n, D).
+
+    Raises:
+        ValueError: pictures and embeddings are both given, a wrong number of rows, or of weights.
+    """
+    check_references(images, image_embeds, weights, count=call.count)
+    if images is not None:
+        return embed_images(images, image_encoder, call.device, count=call.count)
+    if image_embeds is None:
+        return None
+    image_embeds = image_embeds[None] if image_embeds.ndim == 2 else image_embeds
+    return image_embeds.to(call.device).expand(call.count, -1, -1)
+
+
+def check_references(images: Any, image_embeds: Tensor | None, weights: Sequence[float] | None, *, count: int) -> None:
+    """Raises ValueError for what `image_conditions` refuses, before anything is embedded."""
+    if images is not None and image_embeds is not None:
+        raise ValueError("images and image_embeds are both given; give one of them")
+    pictures = 0
+    if images is not None:
+        batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+        pictures = len(images) if batch else 1
+        if not pictures:
+            raise ValueError("images is empty; give at least one picture, or leave it out")
+    if image_embeds is not None:
+        if image_embeds.ndim not in (2, 3):
+            raise ValueError(f"image_embeds have shape {tuple(image_embeds.shape)}; give (n, D) or (images, n, D)")
+        if image_embeds.ndim == 3 and len(image_embeds) not in (1, count):
+            raise ValueError(f"image_embeds has {len(image_embeds)} rows for {count} images; give 1, or one per image")
+        pictures = image_embeds.shape[-2]
+    if weights is None:
+        return
+    if len(weights) != pictures:
+        raise ValueError(f"image_weights has {len(weights)} entries for {pictures} pictures; give one for each")
+    for weight in weights:
+        if not is_number(weight):
+            raise ValueError(f"image_weights holds {weight!r}; give finite numbers, 1 for a picture as it is")

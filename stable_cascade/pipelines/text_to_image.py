@@ -12,18 +12,17 @@ from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
-from .callbacks import CALLBACK_TENSORS, step_callback
 from .control import as_component, read_control
 from .decoder import StableCascadeDecoderPipeline
 from .folders import FromFolderMixin
-from .habits import OF_PRIOR, HabitsMixin, OtherName, with_diffusers_names
+from .habits import OF_PRIOR, HabitsMixin, OtherName, VAETilingMixin, with_diffusers_names
 from .inputs import default_side
 from .knobs import Sampling
 from .prior import StableCascadePriorPipeline
 from .prompts import EncodePromptMixin, PromptArguments
-from .references import image_conditions
 from .source import read_source
 from .stages import (
+    CALLBACK_TENSORS,
     begin,
     check_call,
     check_guide,
@@ -32,11 +31,12 @@ from .stages import (
     draw_semantic,
     draw_vq,
     embed_text,
+    image_conditions,
     preview_pictures,
     rough,
     stage_settings,
+    step_callback,
 )
-from .tiling import VAETilingMixin
 
 
 class StableCascadePipeline(  # type: ignore[misc]
@@ -226,3 +226,6 @@ class StableCascadePipeline(  # type: ignore[misc]
         """
         side = default_side(self.config["resolution_multiple"])
         return control_size(self, side if height is None else height, side if width is None else width)[0]
+
+
+StableCascadeCombinedPipeline = StableCascadePipeline  # diffusers' name of it
