@@ -9,7 +9,7 @@ import torch
 from diffusers import StableCascadeUNet
 
 from stable_cascade.files import to_original
-from stable_cascade.models import PRESETS, StableCascadeControlNet, StableCascadeDecoder, StableCascadePrior, attention
+from stable_cascade.models import PRESETS, StableCascadeControlNet, StableCascadeDecoder, StableCascadePrior, blocks
 from stable_cascade.models.blocks import project
 from stable_cascade.models.loading import on_meta
 from tests.golden import assert_matches, entry, fill, manifest, tensors
@@ -252,20 +252,20 @@ def test_project_joins_plain_layers_only():
 
 @both
 def test_large_projections_join_without_a_copy(component, monkeypatch):
-    monkeypatch.setattr(attention, "LARGEST_JOINED", 0)
+    monkeypatch.setattr(blocks, "LARGEST_JOINED", 0)
     model, inputs = tiny(component), tiny_inputs(component)
-    layer = next(module for module in model.modules() if isinstance(module, attention.SDCascadeAttention))
+    layer = next(module for module in model.modules() if isinstance(module, blocks.SDCascadeAttention))
     weights = [layer.to_q.weight, layer.to_k.weight, layer.to_v.weight]
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
-        assert attention._joined(weights) is None
+        assert blocks._joined(weights) is None
         expected = model(**inputs).sample
         model.fuse_qkv_projections()
-        joined = attention._joined(weights)
+        joined = blocks._joined(weights)
         assert joined.data_ptr() == layer.to_q.weight.data_ptr()
         assert torch.equal(joined, torch.cat(weights))
         torch.testing.assert_close(model(**inputs).sample, expected, rtol=1e-5, atol=1e-6)
-    assert attention._joined(weights) is None  # gradients go to the three parameters, not to a view
+    assert blocks._joined(weights) is None  # gradients go to the three parameters, not to a view
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     with torch.no_grad():
         moved = model.double()(**{key: value.double() for key, value in inputs.items()}).sample
@@ -340,19 +340,19 @@ def test_attention_dropout_acts_on_probabilities(trained):
     key, value = torch.randn(2, 3, 50, 8, generator=rng), torch.ones(2, 3, 50, 8)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        mixed = attention.attend(query, key, value, dropout=0.5)
+        mixed = blocks.attend(query, key, value, dropout=0.5)
     assert mixed.std(-1).max() < 1e-6
     assert mixed[..., 0].std() > 0.05
     assert mixed.mean().item() == pytest.approx(1, abs=0.05)
-    whole = attention.attend(query, key, value)
+    whole = blocks.attend(query, key, value)
     torch.testing.assert_close(whole, torch.ones_like(whole))
 
 
 def test_attention_kernels_agree():
     rng = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 8, generator=rng, dtype=torch.float64) for n in (5, 7, 7))
-    expected = attention.attend(query, key, value)
-    assert (attention.attend(query.requires_grad_(), key, value) - expected).abs().max() < 1e-14
+    expected = blocks.attend(query, key, value)
+    assert (blocks.attend(query.requires_grad_(), key, value) - expected).abs().max() < 1e-14
 
 
 def test_missing_conditions_are_zeros():
