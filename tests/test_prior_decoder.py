@@ -493,7 +493,7 @@ def test_channels_stay_last(component):
     """No block copies the image to move its channels: every block gets and returns contiguous (B, H, W, C)."""
     model, seen = tiny(component), []
     for levels in (model.down_blocks, model.up_blocks):
-        for block in (block for blocks in levels for block in blocks):
+        for block in (block for level in levels for block in level):
             block.register_forward_hook(
                 lambda _, given, out: seen.append(given[0].is_contiguous() and out.is_contiguous())
             )
