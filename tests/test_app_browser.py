@@ -232,6 +232,7 @@ def test_a_prompt_becomes_a_picture_and_another_prompt_another(page, tmp_path):
 
 def test_a_drawing_is_watched_and_stopped(page):
     page.get_by_text("Sampling", exact=True).click()
+    page.wait_for_timeout(1000)  # what the accordion holds is made now, and would take back what is written at once
     page.locator("#prior_steps input[type=number]").fill("60")
     page.locator("#count input").fill("16")
     page.get_by_role("button", name="Draw", exact=True).click()
