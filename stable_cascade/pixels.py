@@ -89,9 +89,15 @@ def to_srgb(image: Image.Image) -> Image.Image:
     try:
         transform = _transform(profile, mode)
     except Exception as error:  # LittleCMS and Pillow raise several kinds
-        logger.warning("an ICC profile is left out: %s; the image is read as sRGB", error or type(error).__name__)
+        _warn(str(error) or type(error).__name__)
         return image
     return image if transform is None else transform.apply(image)
+
+
+@functools.lru_cache(maxsize=64)
+def _warn(reason: str) -> None:
+    """Once per reason: a data set may have the same profile in every image."""
+    logger.warning("an ICC profile is left out: %s; the image is read as sRGB", reason)
 
 
 @functools.lru_cache(maxsize=16)

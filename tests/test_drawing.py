@@ -47,6 +47,11 @@ def test_a_drawing_goes_through_json():
                if field.name not in ("model", "lite", "dtype", "outpaint"))  # fmt: skip
 
 
+def test_a_list_is_kept_as_the_pair_that_comes_back_from_json():
+    drawing = Drawing(guidance_interval=[0.2, 1.0])
+    assert drawing == Drawing(guidance_interval=(0.2, 1.0)) == Drawing.from_json(drawing.to_json())
+
+
 def test_its_lists_are_those_of_the_parts_below():
     from stable_cascade.pipelines import source
 

@@ -7,6 +7,7 @@ import torch
 
 from stable_cascade.diffusion import guidance
 from stable_cascade.diffusion.guidance import GUIDANCES, Guided, project
+from stable_cascade.drawing import Drawing, Session
 from stable_cascade.schedulers import StableCascadeScheduler
 from tests.tiny_cascade import tiny_prior
 from tests.tiny_pipelines import cascade
@@ -133,3 +134,10 @@ def test_the_command_draws_with_a_worse_prior_and_its_image_says_so(tmp_path):
     assert not main(["generate", "red apple", "--guide-prior", guide, *few])
     assert read_drawing(tmp_path / "apple.png").guide_prior == guide
     assert main(["generate", "red apple", "--guide-prior", str(tmp_path / "none"), *few]) == 2
+
+
+def test_a_negative_prompt_beside_a_worse_prior_is_refused():
+    with pytest.raises(ValueError, match="negative_prompt and guide_prior are both given"):
+        drawn(guide_prior=cascade().prior, negative_prompt="blue")
+    with pytest.raises(ValueError, match="negative_prompt and guide_prior are both given"):
+        Session().check(Drawing(guide_prior="small", negative_prompt="blue", prompt="red apple"))

@@ -226,6 +226,15 @@ def test_the_first_step_of_dpmpp_2m_is_ddims_and_a_new_run_forgets_the_last():
     torch.testing.assert_close(moved[0].prev_sample, moved[1].prev_sample, rtol=1e-9, atol=1e-9)
 
 
+def test_a_time_asked_for_twice_is_a_first_step_of_dpmpp_2m():
+    scheduler, start = StableCascadeScheduler(sampler="dpmpp_2m"), start_of(dtype=torch.float64)
+    scheduler.set_timesteps(4)
+    t, prediction = scheduler.timesteps[1], start_of(seed=1, dtype=torch.float64)
+    first = scheduler.step(prediction, t, start).prev_sample
+    scheduler.step(2 * prediction, t, start)
+    assert torch.equal(scheduler.step(prediction, t, start).prev_sample, first)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_deterministic_samplers_draw_nothing(sampler):
     generator = seeded(0)

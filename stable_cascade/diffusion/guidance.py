@@ -40,12 +40,12 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor, *, 
 
     Source: Ho and Salimans 2022, eq. 6; Lin et al. 2023 (common diffusion noise schedules are flawed), eq. 15 and 16.
     """
+    from .process import expand  # here: the commands read the table below, and wait for no torch
+
     dtype = conditional.dtype
     if dtype.itemsize < 4:
         conditional, unconditional = conditional.float(), unconditional.float()
-    weight: Any = scale
-    if not isinstance(scale, int | float) and scale.ndim:
-        weight = scale.to(conditional).reshape(-1, *[1] * (conditional.ndim - 1))
+    weight = scale if isinstance(scale, int | float) or not scale.ndim else expand(scale.to(conditional), conditional)
     guided = unconditional + weight * (conditional - unconditional)
     if rescale:
         guided = rescale * guided * (_deviation(conditional) / _deviation(guided)) + (1 - rescale) * guided
@@ -83,12 +83,15 @@ def project(better: Tensor, worse: Tensor, run: Guided) -> Tensor:
 
 def _deviation(x: Tensor) -> Tensor:
     """Standard deviation per sample, never zero: an untrained network predicts zeros and must not give NaN."""
-    deviation = x.flatten(1).std(dim=1).reshape(-1, *[1] * (x.ndim - 1))
-    return deviation.clamp(min=2.0**-126 if x.dtype.itemsize < 8 else 2.0**-1022)
+    import torch
+
+    from .process import expand
+
+    return expand(x.flatten(1).std(dim=1), x).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 @dataclass(frozen=True)
-class Guidance:
+class Method:
     """A method of guidance that can be chosen by its name, and what people read about it."""
 
     combine: Callable[[Tensor, Tensor, Guided], Tensor]
@@ -98,9 +101,9 @@ class Guidance:
 
 
 GUIDANCES = {
-    "cfg": Guidance(
+    "cfg": Method(
         lambda better, worse, run: guide(better, worse, run.scale, rescale=run.rescale),
         "CFG", "plain classifier-free guidance, as released",
     ),
-    "apg": Guidance(project, "APG", "projected, for strong guidance without burnt colours; leaves rescale out"),
+    "apg": Method(project, "APG", "projected, for strong guidance without burnt colours; leaves rescale out"),
 }  # fmt: skip

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SHORTEST = 1e-6
+"""Half of a difference in log_snr that counts as a step."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a sampling run: a sample is scale * clean + deviation * noise, before and after it.
@@ -65,7 +69,8 @@ def lcm(step: Step) -> Tensor:
 def dpmpp_2m(step: Step) -> Tensor:
     """DPM-Solver++(2M): the exact solution for a clean prediction that changes linearly in log_snr; deterministic.
 
-    The change is that since the step before; the first step, which has none, is DDIM's.
+    The change is that since the step before. The first step, which has none, is DDIM's, and so is one that does not
+    come after the step before (a time asked for twice).
 
     Shapes: -> (B, ...).
 
@@ -75,7 +80,8 @@ def dpmpp_2m(step: Step) -> Tensor:
     if step.before is not None:
         clean_before, log_snr_before = step.before
         length_before = (step.log_snr - log_snr_before) / 2
-        clean = clean + length / (2 * length_before) * (clean - clean_before)
+        share = length / (2 * length_before.clamp(min=SHORTEST)) * (length_before > SHORTEST)
+        clean = clean + share * (clean - clean_before)
     return step.deviation_next / step.deviation * step.sample - step.scale_next * (-length).expm1() * clean
 
 

@@ -81,16 +81,6 @@ def check_number(name: str, value: Any, lowest: float, highest: float) -> None:
         raise ValueError(f"{name} {shown(value)} is not a number from {lowest} to {highest}")
 
 
-def check_interval(name: str, value: Any) -> None:
-    """Two numbers from 0 to 1, the second not below the first."""
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ValueError(f"{name} {shown(value)} is not two numbers from 0 to 1")
-    for end in value:
-        check_number(name, end, 0, 1)
-    if value[0] > value[1]:
-        raise ValueError(f"{name} {value[0]} {value[1]}: the first must not be above the second")
-
-
 def check_side(name: str, value: Any) -> None:
     """None, or a size that can be drawn."""
     if value is None:

@@ -78,12 +78,14 @@ def load_pipeline(model: str, dtype: str, *, lite: bool = False, variant: str | 
     return StableCascadePipeline.from_pretrained(embedded_path() if model == "embedded" else model, **settings)
 
 
-def check_guide_prior(path: str) -> None:
-    """Passes for a file or folder that can be a prior.
+def check_guide_prior(path: str, negative_prompt: str = "") -> None:
+    """Passes for a file or folder that can be a prior, and no negative prompt, whose place it takes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one of both.
     """
+    if negative_prompt:
+        raise ValueError("negative_prompt and guide_prior are both given; Stage C is guided away from one, choose it")
     place = local_path(path)
     if not place.is_file() and not any((folder / "config.json").is_file() for folder in (place, place / "prior")):
         raise ValueError(f"guide_prior {quoted(path)} is no file and no folder of a prior or of a cascade")

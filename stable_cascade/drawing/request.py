@@ -8,14 +8,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stable_cascade.diffusion.samplers import SAMPLERS
-from stable_cascade.pipelines.knobs import KNOBS
+from stable_cascade.pipelines.knobs import KNOBS, interval
 from stable_cascade.wording import brief
 
 from .checks import (
     LARGEST_SIDE,
     MOST_ITEMS,
     check_choice,
-    check_interval,
     check_items,
     check_kind,
     check_number,
@@ -82,7 +81,7 @@ class ControlChoice:
         check_path("controlnet", self.path)
         check_kind("controlnet image", self.image, InputFile, optional=True)
         check_number("controlnet scale", self.scale, -100, 100)
-        check_interval("controlnet start and end", (self.start, self.end))
+        interval("controlnet start and end", (self.start, self.end))
         check_kind("controlnet filtered", self.filtered, bool)
         if self.filter is not None:
             check_text("controlnet filter", self.filter, 200)
@@ -156,7 +155,7 @@ class Drawing:
         for name in ("prior_guidance_scale", "decoder_guidance_scale"):
             check_number(name, getattr(self, name), 0, 1000)
         for name, knob in KNOBS.items():
-            knob.check(name, getattr(self, name))
+            object.__setattr__(self, name, knob.check(name, getattr(self, name)))
         if self.sampler is not None:
             check_choice("sampler", self.sampler, tuple(SAMPLERS))
         if self.shift is not None:

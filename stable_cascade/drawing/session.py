@@ -182,7 +182,7 @@ class Session:
                 )
         check_task(drawing, pictures)
         if drawing.guide_prior is not None:
-            check_guide_prior(drawing.guide_prior)
+            check_guide_prior(drawing.guide_prior, drawing.negative_prompt)
         drawing = with_sums(drawing, skip=pictures.names(), allow_changed=allow_changed)
         for choice in drawing.loras:
             check_lora(choice)

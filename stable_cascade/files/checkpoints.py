@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -168,8 +168,3 @@ def _prefixed(component: str, weights: Mapping[str, Tensor], *, alone: bool) -> 
     if component == "semantic_encoder":
         named |= {prefix + name: torch.tensor(values) for name, values in _PIXEL_STATISTICS.items()}
     return named
-
-
-def parts_of(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
-    """The components that names belong to."""
-    return tuple(split_checkpoint(state_dict).parts)

@@ -17,7 +17,7 @@ from .checkpoints import NETWORK, is_checkpoint, split_checkpoint
 from .descriptions import Description, counted
 from .headers import TensorInfo, file_type, read_header, read_pickled
 from .lora_facts import is_lora, lora_facts
-from .signatures import component_of, naming_of, size_of, what_else
+from .signatures import naming_of, size_of, what_else
 
 KNOWN = "networks of Stable Cascade (original, diffusers, ComfyUI), LoRA files, learned tokens, pipelines, trainings"
 _SINGLE_TOKENS = frozenset({
@@ -147,9 +147,3 @@ def _network(component: str, part: Mapping[str, TensorInfo], name: str) -> Descr
     shapes = {key: info.shape for key, info in part.items()}
     found = Description(name, "network", component, size_of(shapes, component), naming_of(part, component))
     return counted(found, part)
-
-
-def component_in(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The one network that the tensors are, under any tool's names; None for none or several."""
-    parts = split_checkpoint(tensors).parts
-    return next(iter(parts)) if len(parts) == 1 else component_of(tensors)

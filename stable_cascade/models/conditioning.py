@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,15 +112,13 @@ class JoinedMappers(NamedTuple):
     outputs: dict[str, int]
 
 
-def blocks_of(model: Any, kind: str) -> list[tuple[str, Any]]:
+def blocks_of(model: Any, kind: str) -> Iterator[tuple[str, Any]]:
     """(key, block) of every block of one kind, down then up."""
-    return [
-        (f"{side}.{level}.{index}", block)
-        for side, levels in (("down", model.down_blocks), ("up", model.up_blocks))
-        for level, blocks in enumerate(levels)
-        for index, block in enumerate(blocks)
-        if block.kind == kind
-    ]
+    for side, levels in (("down", model.down_blocks), ("up", model.up_blocks)):
+        for level, blocks in enumerate(levels):
+            for index, block in enumerate(blocks):
+                if block.kind == kind:
+                    yield f"{side}.{level}.{index}", block
 
 
 def joined_mappers(model: Any, dtype: torch.dtype) -> JoinedMappers | None:
@@ -127,7 +126,7 @@ def joined_mappers(model: Any, dtype: torch.dtype) -> JoinedMappers | None:
 
     Shapes: weight (sum of 2 C over the blocks, conditions * timestep_ratio_embedding_dim), bias (sum of 2 C,).
     """
-    keyed = blocks_of(model, "timestep")
+    keyed = list(blocks_of(model, "timestep"))
     blocks = [block for _, block in keyed]
     columns = list(zip(*(block.mappers() for block in blocks), strict=True))
     whole = all(type(block) is SDCascadeTimestepBlock and "forward" not in block.__dict__ for block in blocks)
@@ -164,7 +163,6 @@ def modulate(model: Any, embedding: Tensor, joined: JoinedMappers | None, dtype:
 
 
 def _pays(model: Any) -> bool:
-    weight = next(
-        (block.mapper.weight for _, block in blocks_of(model, "timestep") if hasattr(block.mapper, "weight")), None
-    )
+    _, first = next(blocks_of(model, "timestep"), ("", None))
+    weight = getattr(getattr(first, "mapper", None), "weight", None)
     return weight is not None and (weight.device.type == "cuda" or weight.dtype in HALF)

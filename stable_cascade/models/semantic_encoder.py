@@ -1,4 +1,4 @@
-"""The image encoder: pictures to the semantic latents that the prior generates."""
+"""The semantic encoder: images to the latents that the prior generates."""
 
 from __future__ import annotations
 

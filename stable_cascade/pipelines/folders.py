@@ -247,9 +247,8 @@ def _own_network(name: str, network: Any) -> Any:
     """Our network with the parameters of diffusers' one, so that what changes one (`to`, training) changes both."""
     from stable_cascade.models.loading import on_meta
 
-    module, cls_name = COMPONENTS[name].module, COMPONENTS[name].cls
     # Their values hold where ours has another default, as for the scale of Stage A's latents.
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    model = on_meta(getattr(importlib.import_module(module), cls_name), config)
+    model = on_meta(COMPONENTS[name].load_class(), config)
     model.load_state_dict(network.state_dict(keep_vars=True), strict=True, assign=True)
     return model.train(network.training)

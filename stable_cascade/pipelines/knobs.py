@@ -54,10 +54,18 @@ def _share(name: str, value: Any) -> float:
     return value
 
 
-def _interval(name: str, value: Any) -> tuple[float, float]:
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers from 0 to 1, the second not below the first.
+
+    Raises:
+        ValueError: something else.
+    """
     pair: Any = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(is_number(end) and 0 <= end <= 1 for end in pair):
+    if len(pair) != 2:
         raise ValueError(f"{name} {value} is not two numbers from 0 to 1; (0, 1) is always")
+    for end in pair:
+        if not is_number(end) or not 0 <= end <= 1:
+            raise ValueError(f"{name} {end} is not a number from 0 to 1")
     if pair[0] > pair[1]:
         raise ValueError(f"{name} {value}: the first must not be above the second")
     return pair
@@ -87,7 +95,7 @@ class Sampling(TypedDict, total=False):
     guidance_interval: Annotated[
         tuple[float, float],
         Knob(
-            (0.0, 1.0), _interval, "guidance-interval", "times in which guidance acts, 1 is noise (default 0 1)",
+            (0.0, 1.0), interval, "guidance-interval", "times in which guidance acts, 1 is noise (default 0 1)",
             {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")},
         ),
     ]  # fmt: skip

@@ -125,7 +125,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         )  # fmt: skip
         source.shortened(settings)  # refuses times beside a strength before anything is embedded
         call = begin(self, source, arguments, num_images_per_prompt, generator)
-        check_guide(self.prior, guide_prior, call.device)
+        check_guide(self.prior, guide_prior, call)
         control = read_control(
             self, control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
             count=call.count,

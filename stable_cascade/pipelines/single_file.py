@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,9 +195,8 @@ def _given(name: str, value: Any, dtype: torch.dtype | dict[str, torch.dtype] | 
 
 def _of_hub(name: str, repository: str, dtype: torch.dtype) -> Any:
     """A component from a Hub repository: from its own folder there, or, CLIP's parts, from the root."""
-    module, cls_name = COMPONENTS[name].module, COMPONENTS[name].cls
-    cls = getattr(importlib.import_module(module), cls_name)
-    key = "dtype" if module == "transformers" else "torch_dtype"
+    cls = COMPONENTS[name].load_class()
+    key = "dtype" if COMPONENTS[name].module == "transformers" else "torch_dtype"
     typed = {} if name == "tokenizer" else {key: dtype}
     problems = []
     for place in ({"subfolder": name}, {}):

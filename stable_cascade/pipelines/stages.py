@@ -131,11 +131,11 @@ def check_call(
         raise ValueError("latents are noise to start from, and strength 0 starts from none; leave one of them out")
 
 
-def check_guide(prior: Any, guide_prior: Any, device: torch.device) -> None:
+def check_guide(prior: Any, guide_prior: Any, call: Call) -> None:
     """Passes for None, and for a prior that reads what the pipeline's own reads, where it computes.
 
     Raises:
-        ValueError: it is something else, or lies elsewhere.
+        ValueError: it is something else, or lies elsewhere, or there is a negative prompt, which it would displace.
     """
     if guide_prior is None:
         return
@@ -146,8 +146,12 @@ def check_guide(prior: Any, guide_prior: Any, device: torch.device) -> None:
             f"guide_prior is a {type(guide_prior).__name__} that does not read what the prior reads; give a "
             "StableCascadePrior of the same text encoder"
         )
-    if guide_prior.device.type != device.type:
-        raise ValueError(f"guide_prior is on {guide_prior.device.type}, this call computes on {device.type}; move it")
+    if guide_prior.device.type != call.device.type:
+        raise ValueError(
+            f"guide_prior is on {guide_prior.device.type}, this call computes on {call.device.type}; move it"
+        )
+    if call.arguments.negative_prompt:
+        raise ValueError("negative_prompt and guide_prior are both given; Stage C is guided away from one, choose it")
 
 
 def control_size(pipeline: Any, height: int, width: int) -> tuple[tuple[int, int], int]:

@@ -173,7 +173,7 @@ class StableCascadePipeline(  # type: ignore[misc]
             negative_prompt_embeds_pooled,
         )  # fmt: skip
         call = begin(self, source, arguments, num_images_per_prompt, generator)
-        check_guide(self.prior, guide_prior, call.device)
+        check_guide(self.prior, guide_prior, call)
         control = read_control(
             self, control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end,
             count=call.count,
