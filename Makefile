@@ -25,7 +25,7 @@ QUICKSTART_ARGS = $(TRAIN_ARGS) --output $(QUICKSTART)
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 RUN = $(OFFLINE) OMP_NUM_THREADS=$(THREADS)
 
-.PHONY: help venv install install-test quality format test test-slow test-floors test-constraints quickstart quickstart-run docs docs-pictures bench bench-gpu clean
+.PHONY: help venv install install-test quality format test test-slow test-floors test-constraints quickstart quickstart-run docs docs-images bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z][a-z -]*:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
@@ -96,8 +96,8 @@ docs: $(VENV)/.installed-docs  ## docs/configuration.md from the config dataclas
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo wrote docs/configuration.md and site/
 
-docs-pictures: $(VENV)/.installed-test  ## draw the pictures of the pages anew, with the embedded cascade
-	$(RUN) $(BIN)/python docs/pictures.py
+docs-images: $(VENV)/.installed-test  ## draw the images of the pages anew, with the embedded cascade
+	$(RUN) $(BIN)/python docs/images.py
 
 bench: $(VENV)/.installed  ## ours and the peers in turns, scaled down, on this CPU; writes benchmarks/out/bench.json
 	$(RUN) $(BIN)/python -m benchmarks.run --results

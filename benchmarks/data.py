@@ -1,4 +1,4 @@
-"""The row of pictures per second on one core: 2048 px JPEGs to batches of 768 px buckets."""
+"""The row of images per second on one core: 2048 px JPEGs to batches of 768 px buckets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from .measure import Row, in_turns
 from .scale import Scale
 
-PICTURES = 24
+IMAGES = 24
 SIZES = [(2048, 2048), (2048, 1536), (1536, 2048)]
 SIDE = 768
 ASPECTS = ["1/1", "3/4"]
@@ -28,50 +28,50 @@ def rows(scale: Scale) -> Iterator[Row]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            shard = write_shard(Path(folder) / "pictures.tar")
-            ours, peer = our_batches(shard), peer_pictures(shard)
+            shard = write_shard(Path(folder) / "images.tar")
+            ours, peer = our_batches(shard), peer_images(shard)
             yield in_turns(
-                f"data, 2048 px JPEG to {SIDE} px", lambda: take(ours, PICTURES), lambda: take(peer, PICTURES),
+                f"data, 2048 px JPEG to {SIDE} px", lambda: take(ours, IMAGES), lambda: take(peer, IMAGES),
                 peer_name="webdataset, Pillow decode, resize, crop", rounds=max(2, scale.rounds - 2),
-                amount=PICTURES, unit="pictures/s",
+                amount=IMAGES, unit="images/s",
             )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
 
 
-def take(pictures: Iterator[int], count: int) -> None:
-    """Reads on until `count` pictures have come."""
+def take(images: Iterator[int], count: int) -> None:
+    """Reads on until `count` images have come."""
     seen = 0
     while seen < count:
-        seen += next(pictures)
+        seen += next(images)
 
 
 def write_shard(path: Path) -> Path:
-    """Pictures with detail at every scale, as photographs have it: a flat picture would decode too fast."""
+    """Images with detail at every scale, as photographs have it: a flat image would decode too fast."""
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             width, height = SIZES[number % len(SIZES)]
             _add(tar, f"{number:04}.jpg", photograph(rng, width, height))
-            _add(tar, f"{number:04}.txt", b"a picture")
+            _add(tar, f"{number:04}.txt", b"an image")
     return path
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
     """A JPEG of noise with as much in every octave, the spectrum of photographs: about 1 MB at 2048 x 2048."""
-    picture = np.zeros((height, width, 3), np.float32)
+    image = np.zeros((height, width, 3), np.float32)
     for octave in range(2, 11):
         side = 2**octave
         noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        picture += np.asarray(noise.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-    picture = 255 * (picture - picture.min()) / np.ptp(picture)
+        image += np.asarray(noise.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    image = 255 * (image - image.min()) / np.ptp(image)
     file = io.BytesIO()
-    Image.fromarray(picture.astype(np.uint8)).save(file, "JPEG", quality=85)
+    Image.fromarray(image.astype(np.uint8)).save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
 def our_batches(shard: Path) -> Iterator[int]:
-    """The number of pictures of each batch of the library's stream, whose pixels stay bytes as for a GPU."""
+    """The number of images of each batch of the library's stream, whose pixels stay bytes as for a GPU."""
     from stable_cascade.data import index_samples, training_batches
 
     index = index_samples(str(shard), cache_dir=str(shard.parent / "index"))
@@ -79,8 +79,8 @@ def our_batches(shard: Path) -> Iterator[int]:
     return (len(batch.keys) for batch in stream)
 
 
-def peer_pictures(shard: Path) -> Iterator[int]:
-    """One per picture of webdataset, decoded, resized to cover its bucket and cropped with Pillow, batched by four."""
+def peer_images(shard: Path) -> Iterator[int]:
+    """One per image of webdataset, decoded, resized to cover its bucket and cropped with Pillow, batched by four."""
     import webdataset
 
     def fit(image: Image.Image) -> torch.Tensor:
@@ -96,7 +96,7 @@ def peer_pictures(shard: Path) -> Iterator[int]:
     stream: Any = webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
     stream = stream.decode("pil").to_tuple("jpg", "txt").repeat()
 
-    def pictures() -> Iterator[int]:
+    def images() -> Iterator[int]:
         waiting: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for image, _ in stream:
             pixels = fit(image)
@@ -106,7 +106,7 @@ def peer_pictures(shard: Path) -> Iterator[int]:
                 torch.stack(waiting.pop(tuple(pixels.shape)))
             yield 1
 
-    return pictures()
+    return images()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

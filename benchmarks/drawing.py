@@ -19,7 +19,7 @@ PEER = "diffusers pipelines, eager"
 
 
 def rows(scale: Scale) -> Iterator[Row]:
-    """One picture each."""
+    """One image each."""
     rounds = scale.slow["drawing"]
     if scale.device == "cpu":
         ours, peer = embedded_pair()

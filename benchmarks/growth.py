@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             if scale.device == "cuda" or side * side * batch <= MOST_TOKENS:
                 cells[side, batch] = in_own_process(side, batch, gpu=arguments.gpu)
                 print(f"side {side}, batch {batch}: {cells[side, batch]}", flush=True)
-    throughput = {workers: pictures_per_second(workers) for workers in WORKERS}
-    print(f"pictures per second by workers: {throughput}")
+    throughput = {workers: images_per_second(workers) for workers in WORKERS}
+    print(f"images per second by workers: {throughput}")
     plot(cells, throughput, arguments.plot)
     print(f"wrote {arguments.plot}")
 
@@ -73,12 +73,12 @@ def step_cost(scale: Scale, side: int, batch: int) -> dict[str, float]:
     return {"seconds": min(times), "gigabytes": memory(scale.device) - before}
 
 
-def pictures_per_second(workers: int, batches: int = 16) -> float:
+def images_per_second(workers: int, batches: int = 16) -> float:
     """What the data stream delivers with so many worker processes."""
     from stable_cascade.data import index_samples, training_batches
 
     with tempfile.TemporaryDirectory() as folder:
-        index = index_samples(str(write_shard(Path(folder) / "pictures.tar")), cache_dir=folder)
+        index = index_samples(str(write_shard(Path(folder) / "images.tar")), cache_dir=folder)
         stream: Any = training_batches(
             index, image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS, num_workers=workers
         )
@@ -91,7 +91,7 @@ def pictures_per_second(workers: int, batches: int = 16) -> float:
 
 
 def plot(cells: dict[tuple[int, int], dict[str, float]], throughput: dict[int, float], path: Path) -> None:
-    """Three panels: seconds, gigabytes, pictures per second."""
+    """Three panels: seconds, gigabytes, images per second."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -109,7 +109,7 @@ def plot(cells: dict[tuple[int, int], dict[str, float]], throughput: dict[int, f
         panel.legend(loc="lower right")
         panel.grid(alpha=0.3)
     panels[2].plot(list(throughput), list(throughput.values()), "o-")
-    panels[2].set(xlabel="data workers", ylabel="pictures a second", ylim=(0, None), xticks=WORKERS)
+    panels[2].set(xlabel="data workers", ylabel="images a second", ylim=(0, None), xticks=WORKERS)
     panels[2].grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

@@ -151,7 +151,7 @@ def with_peft(network: Any) -> None:
 
 
 def conditions(scale: Scale) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a cache holds for one picture: clean latents, hidden states, pooled text, image embedding."""
+    """What a cache holds for one image: clean latents, hidden states, pooled text, image embedding."""
     draw = torch.Generator().manual_seed(2)
     shapes = [(1, 16, scale.semantic, scale.semantic), (1, 77, 1280), (1, 1, 1280), (1, 1, 768)]
     clean, *rest = (torch.randn(shape, generator=draw).to(scale.device) for shape in shapes)

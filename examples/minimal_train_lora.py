@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{unknown[0]} is not known to minimal_train_lora.py; use train_lora.py")
     torch.set_flush_denormal(True)  # denormal numbers cost tens of times the time of ordinary ones
 
-    # The pictures: an index of every sample, then batches of one size each. `step` counts optimizer updates, and one
-    # update sees `batch_size` pictures, handed over in `grad_accum_steps` parts.
+    # The images: an index of every sample, then batches of one size each. `step` counts optimizer updates, and one
+    # update sees `batch_size` images, handed over in `grad_accum_steps` parts.
     index = index_samples(
         config.webdataset_path, dataset_name=config.dataset_name, image_column=config.image_column,
         caption_column=config.caption_column, streaming=config.streaming, dataset_filters=config.dataset_filters,
@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.param_groups[0]["lr"] = config.lr * share
         for part in range(config.grad_accum_steps):
             batch = next(stream)
-            # Clean latents, and CLIP's view of the picture itself for a few samples, so that the network stays able
-            # to vary a given picture.
+            # Clean latents, and CLIP's view of the image itself for a few samples, so that the network stays able
+            # to vary a given image.
             with torch.no_grad():
                 clean = encoder(batch.pixels).float()
                 image = torch.zeros(len(clean), 1, vision.config.projection_dim)

@@ -1,4 +1,4 @@
-"""The pictures of `make quickstart`: the same prompts from the same noise, before the LoRA and after it.
+"""The images of `make quickstart`: the same prompts from the same noise, before the LoRA and after it.
 
     python examples/quickstart.py before --config examples/configs/lora_embedded.yaml --output outputs/quickstart
     python examples/quickstart.py after  --config examples/configs/lora_embedded.yaml --output outputs/quickstart
@@ -34,8 +34,8 @@ def cascade(config: LoraConfig) -> str:
     return folder
 
 
-def draw_pictures(config: LoraConfig, prompts: list[str], lora: Path | None) -> list[Image.Image]:
-    """One picture per prompt; picture i starts from noise of the seed `config.seed` + i, with or without a LoRA."""
+def draw_images(config: LoraConfig, prompts: list[str], lora: Path | None) -> list[Image.Image]:
+    """One image per prompt; image i starts from noise of the seed `config.seed` + i, with or without a LoRA."""
     pipeline = StableCascadePipeline.from_pretrained(cascade(config), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
@@ -50,7 +50,7 @@ def draw_pictures(config: LoraConfig, prompts: list[str], lora: Path | None) -> 
 
 
 def style_distances(model: str, lora: Path, output: Path, prompts: int) -> dict:
-    """What `evaluate.py lora` measures: mean nearest distance to the style's pictures, before and after."""
+    """What `evaluate.py lora` measures: mean nearest distance to the style's images, before and after."""
     script = Path(__file__).resolve().parent / "embedded" / "evaluate.py"
     options = {"model": model, "lora": lora, "out": output, "prompts": prompts, "threads": torch.get_num_threads()}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -71,16 +71,16 @@ def wrapped(text: str, font, width: int) -> str:
 
 
 def sheet(rows: dict[str, list[Image.Image]], prompts: list[str], title: str) -> Image.Image:
-    """Rows of pictures with their names at the left, the prompts below, a title above."""
+    """Rows of images with their names at the left, the prompts below, a title above."""
     width = LEFT + len(prompts) * (TILE + GAP)
     paper = Image.new("RGB", (width, TOP + len(rows) * (TILE + GAP) + CAPTION), PAPER)
     pen, small, large = ImageDraw.Draw(paper), ImageFont.load_default(13), ImageFont.load_default(17)
     pen.multiline_text((GAP, GAP), wrapped(title, large, width - 2 * GAP), fill=INK, font=large, spacing=3)
-    for row, (name, pictures) in enumerate(rows.items()):
+    for row, (name, images) in enumerate(rows.items()):
         top = TOP + row * (TILE + GAP)
         pen.text((GAP, top + TILE // 2), name, fill=INK, font=large, anchor="lm")
-        for column, picture in enumerate(pictures):
-            tile = picture.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+        for column, image in enumerate(images):
+            tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
             paper.paste(tile, (LEFT + column * (TILE + GAP), top))
     for column, prompt in enumerate(prompts):
         centre = (LEFT + column * (TILE + GAP) + TILE // 2, TOP + len(rows) * (TILE + GAP))
@@ -90,13 +90,13 @@ def sheet(rows: dict[str, list[Image.Image]], prompts: list[str], title: str) ->
 
 
 def before(config: LoraConfig, output: Path) -> None:
-    """Draws and keeps the pictures that the cascade draws by itself."""
+    """Draws and keeps the images that the cascade draws by itself."""
     started = time.perf_counter()
-    pictures = draw_pictures(config, config.validation_prompts or [], lora=None)
+    images = draw_images(config, config.validation_prompts or [], lora=None)
     (output / "before").mkdir(parents=True, exist_ok=True)
-    for place, picture in enumerate(pictures):
-        picture.save(output / "before" / f"{place:02d}.png")
-    print(f"before: {len(pictures)} pictures in {time.perf_counter() - started:.1f} s, in {output / 'before'}")
+    for place, image in enumerate(images):
+        image.save(output / "before" / f"{place:02d}.png")
+    print(f"before: {len(images)} images in {time.perf_counter() - started:.1f} s, in {output / 'before'}")
 
 
 def after(config: LoraConfig, output: Path, measured: int) -> None:
@@ -113,8 +113,8 @@ def after(config: LoraConfig, output: Path, measured: int) -> None:
         )
     started = time.perf_counter()
     rows: dict[str, list[Image.Image]] = {"before": [Image.open(path) for path in earlier]}
-    rows["after"] = draw_pictures(config, prompts, lora)
-    print(f"after: {len(prompts)} pictures in {time.perf_counter() - started:.1f} s")
+    rows["after"] = draw_images(config, prompts, lora)
+    print(f"after: {len(prompts)} images in {time.perf_counter() - started:.1f} s")
     far = style_distances(cascade(config), lora, output, measured)
     was, now = far["before"]["all"], far["after"]["all"]
     nearer = far["closer_all"]
@@ -123,7 +123,7 @@ def after(config: LoraConfig, output: Path, measured: int) -> None:
     target = output / "before_after.png"
     sheet(rows, prompts, title).save(target)
     print(
-        f"mean distance to the nearest picture of the style: {was:.3f} before, {now:.3f} after, "
+        f"mean distance to the nearest image of the style: {was:.3f} before, {now:.3f} after, "
         f"{nearer:.1%} nearer ({far['closer_unseen']:.1%} for things the LoRA has not seen)\n"
         f"LoRA: {lora}\nbefore and after: {target}"
     )

@@ -28,7 +28,7 @@ RUN_RECORD = 64 * MIB
 CAPTION_FILE = 64 * 2**10
 """Bytes of a caption; a text encoder reads some hundred."""
 METADATA_FILE = 256 * MIB
-"""Bytes of a metadata.csv or metadata.jsonl, which has a line for each picture of a folder."""
+"""Bytes of a metadata.csv or metadata.jsonl, which has a line for each image of a folder."""
 TAR_HEADER = MIB
 """Bytes of a long name or of a pax header in a tar."""
 MEMBER_END = 2**62

@@ -17,7 +17,7 @@ torch stops at eight by default, and runs what comes after them uncompiled."""
 def compile_blocks(model: nn.Module) -> list[str]:
     """Names of the networks in `model` whose repeated blocks are compiled from now on, each when it first runs.
 
-    Weights, their names, hooks and copies stay as they are, and pictures of another shape do not compile anew.
+    Weights, their names, hooks and copies stay as they are, and images of another shape do not compile anew.
 
     Raises:
         ValueError: no network in it has blocks that repeat.
@@ -37,9 +37,9 @@ def _repeats(module: Any) -> bool:
 
 
 def expect_many_sizes() -> None:
-    """Settings of torch, for the whole process, under which pictures of every shape run through the same graphs.
+    """Settings of torch, for the whole process, under which images of every shape run through the same graphs.
 
-    Left alone, torch takes sides that are equal in the first picture for equal in all, and compiles again for the
+    Left alone, torch takes sides that are equal in the first image for equal in all, and compiles again for the
     first one that is not square.
     """
     import torch._dynamo.config as dynamo

@@ -46,7 +46,7 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
         return np.repeat(wide_grey(image)[..., None], 3, axis=2)
     if image.mode == "F":
-        raise ValueError("32-bit float pictures have no defined range; save it with 8 or 16 bits")
+        raise ValueError("32-bit float images have no defined range; save it with 8 or 16 bits")
     if has_alpha(image):
         pixels = np.asarray(to_srgb(image.convert("RGBA")), np.float32) / 255
         alpha = pixels[..., 3:]
@@ -71,7 +71,7 @@ def wide_grey(image: Image.Image) -> np.ndarray:
     """
     values = np.asarray(image).astype(np.float32)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError("integer pictures must have at most 16 bits")
+        raise ValueError("integer images must have at most 16 bits")
     return values / 65535
 
 

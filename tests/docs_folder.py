@@ -1,7 +1,7 @@
 """The folder that the documentation's blocks run in, and a stand-in for what they would download.
 
 `make_folder(target)` writes what the pages take for granted: `photo.png`, `mask.png`, `edges.png` (64 x 64),
-`pictures/` with captions, `shards/`, `my_lora/`, `my_lora.yaml`, `my_controlnet/`, and under `outputs/` what the
+`images/` with captions, `shards/`, `my_lora/`, `my_lora.yaml`, `my_controlnet/`, and under `outputs/` what the
 examples' trainings leave behind. `make_hub(target)` fills a download cache with small networks in the layout of the
 released repositories.
 """
@@ -32,21 +32,21 @@ def make_folder(target: Path) -> None:
 
     pipeline = StableCascadePipeline.from_pretrained(embedded_path())
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(list(PROMPTS), generator=[torch.Generator().manual_seed(seed) for seed in range(4)]).images
-    (target / "pictures").mkdir(parents=True)
-    for number, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
+    images = pipeline(list(PROMPTS), generator=[torch.Generator().manual_seed(seed) for seed in range(4)]).images
+    (target / "images").mkdir(parents=True)
+    for number, (image, prompt) in enumerate(zip(images, PROMPTS, strict=True)):
         for size in ((64, 64), (96, 72)):
-            name = target / "pictures" / f"{number}-{size[0]}"
-            picture.resize(size).save(name.with_suffix(".png"))
+            name = target / "images" / f"{number}-{size[0]}"
+            image.resize(size).save(name.with_suffix(".png"))
             name.with_suffix(".txt").write_text(prompt)
-    prepare_shards(target / "pictures", target / "shards")
-    pictures[0].save(target / "photo.png")
+    prepare_shards(target / "images", target / "shards")
+    images[0].save(target / "photo.png")
     mask = Image.new("L", (64, 64), 0)
     ImageDraw.Draw(mask).rectangle((16, 24, 47, 63), fill=255)
     mask.save(target / "mask.png")
     _write_controlnet(target)
     _write_lora(target, pipeline)
-    _write_log(target, pictures)
+    _write_log(target, images)
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -97,14 +97,14 @@ def _write_controlnet(target: Path) -> None:
     Image.fromarray((edges[0, 0] * 255).byte().numpy()).save(target / "edges.png")
 
 
-def _write_log(target: Path, pictures: list[Image.Image]) -> None:
+def _write_log(target: Path, images: list[Image.Image]) -> None:
     """A preview sheet and one line of the log, as the example's training leaves them."""
     import numpy
 
     from stable_cascade.training.sheets import preview_sheet
 
     folder = target / "outputs" / "previews" / "lora_embedded"
-    shown = torch.stack([torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
+    shown = torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255 for image in images])
     preview_sheet([("samples", shown)], folder / "step-00000800.png", captions=PROMPTS)
     line = {"step": 800, "samples_seen": 12800, "loss": 0.05, "lr": 1e-5, "samples_per_second": 60.0, "broken": 0}
     (folder / "log.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A LoRA, a ControlNet and pictures for the embedded cascade, made in milliseconds."""
+"""A LoRA, a ControlNet and images for the embedded cascade, made in milliseconds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WIDTH = 128
 
 
 def checkered(width: int = 64, height: int = 64, shift: int = 0) -> Image.Image:
-    """A picture whose every pixel is its place."""
+    """An image whose every pixel is its place."""
     rows, columns = np.mgrid[:height, :width]
     levels = np.stack([columns * 255 // width, rows * 255 // height, (columns + rows + shift) * 4 % 256], axis=-1)
     return Image.fromarray(levels.astype(np.uint8))
 
 
 def saved(folder: Path, name: str = "photo.png", **settings: int) -> str:
-    """The path of a picture file."""
+    """The path of an image file."""
     path = folder / name
     checkered(**settings).save(path)
     return str(path)
@@ -74,10 +74,10 @@ def make_controlnet(folder: Path, channels: int = 1, seed: int = 0, **descriptio
 
 
 def same(one: Image.Image, two: Image.Image) -> bool:
-    """Whether two pictures are the same, bit by bit."""
+    """Whether two images are the same, bit by bit."""
     return one.size == two.size and np.array_equal(np.asarray(one), np.asarray(two))
 
 
 def distance(one: Image.Image, two: Image.Image) -> float:
-    """Mean difference of two pictures, in levels."""
+    """Mean difference of two images, in levels."""
     return float(np.abs(np.asarray(one, np.float64) - np.asarray(two, np.float64)).mean())

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 from tests.fuzzing import Surface
-from tests.fuzzing_pictures import make_picture, write
+from tests.fuzzing_image_surfaces import make_image, write
 from tests.fuzzing_weights import make_anything, warm
 
 CONFIGS = Path(__file__).parents[1] / "examples/configs"
@@ -82,9 +82,9 @@ def _use_config(path: Path) -> None:
 
 def _make_command(rng: random.Random, folder: Path) -> tuple[str, Path]:
     """A command line with damaged files and hostile values; the file holds it as JSON."""
-    pictures, files = folder / "pictures", folder / "files"
-    pictures.mkdir(), files.mkdir()
-    own = [str(make_picture(rng, pictures)[1]) for _ in range(2)] + [str(make_anything(rng, files)[1])]
+    images, files = folder / "images", folder / "files"
+    images.mkdir(), files.mkdir()
+    own = [str(make_image(rng, images)[1]) for _ in range(2)] + [str(make_anything(rng, files)[1])]
     command = rng.choice([*OPTIONS, "inspect", "convert", "img2img"])
     words = [command]
     if command in ("inspect", "reconstruct"):
@@ -99,7 +99,7 @@ def _make_command(rng: random.Random, folder: Path) -> tuple[str, Path]:
             rng.choice(["diffusers", "original", "comfyui", "peft", "kohya", "onetrainer", "openclip", "x"]),
         ]
     elif command == "prepare":
-        places = [str(pictures), *(word for word in HOSTILE if word not in ("/", "../.."))]  # not this whole machine
+        places = [str(images), *(word for word in HOSTILE if word not in ("/", "../.."))]  # not this whole machine
         words += [rng.choice(places), str(folder / "shards"), "--allow-missing-captions"]
     else:  # a size that nobody draws, so that no case runs the networks
         words += [rng.choice(["a fox", *HOSTILE]), "--height", "12", "--output", str(folder / "out")]

@@ -1,4 +1,4 @@
-"""Damaged pictures: sound ones in every format and mode that Pillow writes, and what may be wrong with them."""
+"""Damaged images: sound ones in every format and mode that Pillow writes, and what may be wrong with them."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ VARIANTS: tuple[tuple[str, str, dict], ...] = (
 
 
 @cache
-def sound_picture(number: int) -> bytes:
+def sound_image(number: int) -> bytes:
     """The file of `VARIANTS[number]`; empty where this Pillow cannot write it."""
     form, mode, options = VARIANTS[number]
     generator = np.random.default_rng(number)
     colours = np.linspace(0, 255, SIZE[0] * SIZE[1] * 3).reshape(SIZE[1], SIZE[0], 3)
-    picture = Image.fromarray((colours + generator.integers(0, 9, colours.shape)).clip(0, 255).astype(np.uint8))
+    image = Image.fromarray((colours + generator.integers(0, 9, colours.shape)).clip(0, 255).astype(np.uint8))
     if mode == "I;16":
-        picture = Image.fromarray((colours[..., 0] * 200).astype(np.uint16))
+        image = Image.fromarray((colours[..., 0] * 200).astype(np.uint16))
     elif mode == "LAB":
-        picture = Image.new("LAB", SIZE, (90, 120, 130))
-    elif picture.mode != mode:
-        picture = picture.convert(mode)
+        image = Image.new("LAB", SIZE, (90, 120, 130))
+    elif image.mode != mode:
+        image = image.convert(mode)
     file = io.BytesIO()
     try:
-        picture.save(file, form, **options)
+        image.save(file, form, **options)
     except (OSError, ValueError, KeyError):
         return b""
     return file.getvalue()
@@ -80,12 +80,12 @@ def bomb(width: int, height: int, colour: int = 0, depth: int = 8) -> bytes:
     return png([png_header(width, height, depth, colour), *palette, (b"IDAT", data), (b"IEND", b"")])
 
 
-def mutated_picture(rng: random.Random) -> tuple[str, str, bytes]:
+def mutated_image(rng: random.Random) -> tuple[str, str, bytes]:
     """What was done, the file's extension, and its bytes."""
     kind = rng.choice(list(KINDS))
     number = rng.randrange(len(VARIANTS))
     form, mode, _ = VARIANTS[number]
-    data = KINDS[kind](rng, bytearray(sound_picture(number)) or bytearray(b"nothing"))
+    data = KINDS[kind](rng, bytearray(sound_image(number)) or bytearray(b"nothing"))
     extension = rng.choice(["png", "jpg", form.lower(), form.lower(), "webp", "gif"])
     return f"{kind} ({form} {mode})", extension, bytes(data)
 
@@ -128,8 +128,8 @@ def _words(rng, data) -> bytes:
 
 
 def _spliced(rng, data) -> bytes:
-    """The start of one picture and the end of another."""
-    other = sound_picture(rng.randrange(len(VARIANTS)))
+    """The start of one image and the end of another."""
+    other = sound_image(rng.randrange(len(VARIANTS)))
     return bytes(data[: rng.randrange(len(data) + 1)]) + other[rng.randrange(len(other) + 1) :]
 
 
@@ -165,7 +165,7 @@ def warm() -> None:
     for sizes in BOMBS:
         bomb(*sizes)
     for number in range(len(VARIANTS)):
-        sound_picture(number)
+        sound_image(number)
 
 
 def _bomb(rng, data) -> bytes:
@@ -207,8 +207,8 @@ def _exif_loop(rng) -> bytes:
 
 
 def _jpeg_segments(rng, data) -> bytes:
-    """A JPEG with rubbish where EXIF, ICC profiles, Photoshop's or several pictures' directories are."""
-    jpeg = sound_picture(11)
+    """A JPEG with rubbish where EXIF, ICC profiles, Photoshop's or several images' directories are."""
+    jpeg = sound_image(11)
     exif = _exif_loop(rng)
     bodies = [b"Exif\0\0" + exif, b"ICC_PROFILE\0\1\2" + rng.randbytes(90), b"ICC_PROFILE\0\0\0", b"MPF\0" + exif,
               b"Adobe" + rng.randbytes(7),
@@ -235,9 +235,9 @@ def _frames(rng, data) -> bytes:
     return bytes(whole) if rng.random() < 0.4 else rng.choice([_bits, _words, _truncated])(rng, whole)
 
 
-def _no_picture(rng, data) -> bytes:
+def _no_image(rng, data) -> bytes:
     return rng.choice((
-        b"", b"\0", b"not a picture", b"<svg xmlns='http://www.w3.org/2000/svg' width='1' height='1'/>",
+        b"", b"\0", b"not an image", b"<svg xmlns='http://www.w3.org/2000/svg' width='1' height='1'/>",
         b"%PDF-1.4\n%%EOF", SIGNATURE,
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n", b"RIFF\xff\xff\xff\xffWEBPVP8 ",
         b"BM" + bytes(52), b"P6\n9999999 9999999\n255\n",
@@ -267,5 +267,5 @@ KINDS: dict[str, Callable[[random.Random, bytearray], bytes]] = {
     "truncated": _truncated, "bits": _bits, "words": _words, "spliced": _spliced, "cut out": _cut_out,
     "repeated": _repeated,
     "png size": _png_size, "bomb": _bomb, "chunks": _chunks, "jpeg segments": _jpeg_segments, "frames": _frames,
-    "no picture": _no_picture, "sound": _sound,
+    "no image": _no_image, "sound": _sound,
 }  # fmt: skip

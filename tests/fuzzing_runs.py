@@ -17,7 +17,7 @@ import torch
 
 from tests.fuzzing import Surface
 from tests.fuzzing_folders import TEXTS, mutated_json
-from tests.making_shards import picture
+from tests.making_shards import image
 
 BLOCK = 512
 NUMBERS = (b"-1000", b"77777777777", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + bytes(7) + b"\1\0\0\0", b"",
@@ -37,7 +37,7 @@ def _sound_tar() -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for number in range(4):
             long = "y" * 120 if number == 3 else ""  # a name that needs an extended header
-            members = {"png": picture(seed=number), "txt": b"an apple", "json": b'{"score": 5}'}
+            members = {"png": image(seed=number), "txt": b"an apple", "json": b'{"score": 5}'}
             for extension, data in members.items():
                 info = tarfile.TarInfo(f"{number}{long}.{extension}")
                 info.size = len(data)
@@ -89,11 +89,11 @@ def _make_tar(rng: random.Random, folder: Path) -> tuple[str, Path]:
     elif kind == "record":
         data[place:place] = _member("record", rng.choice(RECORDS), rng.choice([b"x", b"g", b"L", b"K"]))
     elif kind == "name":
-        made = b"".join(_member(rng.choice(NAMES), picture(seed=9)) for _ in range(rng.choice([1, 2, 5])))
+        made = b"".join(_member(rng.choice(NAMES), image(seed=9)) for _ in range(rng.choice([1, 2, 5])))
         data[place:place] = made
     elif kind == "content":
         name = rng.choice(["9.png", "9.txt", "9.json", "0.txt", "0.json"])
-        data[place:place] = _member(name, rng.choice(CONTENTS)) + _member("9.jpg", picture(seed=8, kind="JPEG"))
+        data[place:place] = _member(name, rng.choice(CONTENTS)) + _member("9.jpg", image(seed=8, kind="JPEG"))
     elif kind == "blocks":
         other = rng.randrange(0, len(data), BLOCK)
         data[place : place + BLOCK] = data[other : other + BLOCK]
@@ -115,7 +115,7 @@ def _use_tar(path: Path) -> None:
     samples = index_samples(str(path), cache_dir=str(path.parent / "cache"), **options)
     assert samples.content["samples"] == len(samples) > 0
     for number in range(len(samples)):
-        with contextlib.suppress(ValueError):  # a picture that is damaged is left out later, and told then
+        with contextlib.suppress(ValueError):  # an image that is damaged is left out later, and told then
             samples.read(number)
 
 

@@ -19,8 +19,8 @@ from tests import fuzzing_images
 from tests.fuzzing import Surface
 from tests.fuzzing_folders import mutated_folder, mutated_json, parts, sound_folder
 from tests.fuzzing_headers import file_of, laid_out, mutated_file, sound
+from tests.fuzzing_image_surfaces import make_image, write
 from tests.fuzzing_lora import KINDS, SETS, mutated_lora
-from tests.fuzzing_pictures import make_picture, write
 
 CONTROLNET = {"in_channels": 1, "projection_channels": 16, "blocks": [0, 2], "bottleneck": "simple"}
 PREVIEWER = {"in_channels": 4, "hidden_channels": 4, "out_channels": 3}
@@ -230,7 +230,7 @@ def make_anything(rng: random.Random, folder: Path) -> tuple[str, Path]:
         _make_lora,
         _make_lora_header,
         _make_tokens,
-        make_picture,
+        make_image,
     )
     kind, path = rng.choice(makers)(rng, folder)
     if rng.random() < 0.1:

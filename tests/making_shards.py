@@ -1,4 +1,4 @@
-"""Small tars and pictures for the data tests."""
+"""Small tars and images for the data tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 
-def picture(width: int = 40, height: int = 30, seed: int = 0, kind: str = "PNG", **options) -> bytes:
-    """A picture file of smooth colours that differ with the seed."""
+def image(width: int = 40, height: int = 30, seed: int = 0, kind: str = "PNG", **options) -> bytes:
+    """An image file of smooth colours that differ with the seed."""
     rng = np.random.default_rng(seed)
     corners = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return encoded(corners.resize((width, height), Image.Resampling.BILINEAR), kind, **options)
@@ -25,7 +25,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def undecodable(width: int = 40, height: int = 30, seed: int = 0) -> bytes:
-    """A picture whose header is fine and whose pixels are cut off."""
+    """An image whose header is fine and whose pixels are cut off."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return encoded(Image.fromarray(noise))[:200]
 
@@ -45,11 +45,11 @@ def write_tar(path: Path, members: dict[str, bytes | str | dict]) -> Path:
 
 
 def write_shard(path: Path, count: int, *, start: int = 0, sizes=((40, 30), (30, 40), (36, 36))) -> Path:
-    """A shard of `count` pictures of several shapes with captions and scores."""
+    """A shard of `count` images of several shapes with captions and scores."""
     members: dict[str, bytes | str | dict] = {}
     for i in range(start, start + count):
         width, height = sizes[i % len(sizes)]
-        members[f"{i:04}.png"] = picture(width, height, seed=i)
+        members[f"{i:04}.png"] = image(width, height, seed=i)
         members[f"{i:04}.txt"] = f"caption {i}\n"
         members[f"{i:04}.json"] = {"score": i, "caption": f"json {i}"}
     return write_tar(path, members)

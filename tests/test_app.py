@@ -22,17 +22,17 @@ from stable_cascade.app.settings import PageSettings, is_loopback
 from stable_cascade.app.studio import Studio
 from stable_cascade.app.uploads import check_payload, drawn_mask, read_settings, read_upload
 from stable_cascade.cli.main import main
-from stable_cascade.drawing import Drawing, Drawn, Session, read_drawing, save_picture
-from stable_cascade.drawing.pictures import decibels
+from stable_cascade.drawing import Drawing, Drawn, Session, read_drawing, save_image
+from stable_cascade.drawing.images import decibels
 from stable_cascade.drawing.request import STRENGTHS
 
 QUICK = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "new_seed": False}
 
 
 def emoji(size=(64, 64), colour="tomato"):
-    picture = Image.new("RGB", size, "lightblue")
-    ImageDraw.Draw(picture).ellipse((size[0] // 5, size[1] // 5, size[0] * 4 // 5, size[1] * 4 // 5), colour)
-    return picture
+    image = Image.new("RGB", size, "lightblue")
+    ImageDraw.Draw(image).ellipse((size[0] // 5, size[1] // 5, size[0] * 4 // 5, size[1] * 4 // 5), colour)
+    return image
 
 
 def read(path, mode="RGB"):
@@ -57,7 +57,7 @@ def known(tmp_path):
 
 @pytest.fixture
 def edited(tmp_path, photo):
-    """A picture in the editor with a square drawn over it, and one with nothing."""
+    """An image in the editor with a square drawn over it, and one with nothing."""
     layer = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     layer.save(tmp_path / "nothing.png")
     ImageDraw.Draw(layer).rectangle((8, 16, 23, 47), (255, 45, 149, 255))
@@ -183,22 +183,22 @@ def test_empty_sides_are_left_to_the_model(known):
     assert (wish(Form(), known).drawing.width, wish(Form(), known).drawing.height) == (None, None)
 
 
-def test_each_task_takes_its_own_pictures(known, photo, edited):
+def test_each_task_takes_its_own_images(known, photo, edited):
     image = wish(Form(task="img2img", image=photo, strength=0.3, reconstructed=photo), known)
-    assert (image.drawing.strength, image.pictures.image.size) == (0.3, (64, 64))
+    assert (image.drawing.strength, image.images.image.size) == (0.3, (64, 64))
     assert image.drawing.image.path == "photo.png"
     assert len(image.drawing.image.sha256) == 64
     several = wish(Form(task="variation", reference_1=photo, reference_3=photo, reference_weight_3=0.5), known)
     assert several.drawing.image_weights == (1.0, 0.5)
-    assert len(several.pictures.images) == 2
+    assert len(several.images.images) == 2
     painted = wish(Form(task="inpaint", edited=edited[0], inpaint_strength=0.8), known)
     assert painted.drawing.strength == 0.8
-    assert painted.pictures.mask_image.getbbox() == (8, 16, 24, 48)
+    assert painted.images.mask_image.getbbox() == (8, 16, 24, 48)
     form = Form(task="control", controlnet="canny", control_image=photo, control_filter="CannyFilter", control_end=0.5)
     controlled = wish(form, known)
     choice = controlled.drawing.controlnets[0]
     assert (Path(choice.path).name, choice.filter, choice.end) == ("canny", "CannyFilter", 0.5)
-    assert len(controlled.pictures.control_images) == 1
+    assert len(controlled.images.control_images) == 1
     rebuilt = wish(
         Form(task="reconstruct", reconstructed=photo, prompt="x", count=5, lora_1="flat.safetensors"), known
     )
@@ -214,8 +214,8 @@ def test_each_task_takes_its_own_pictures(known, photo, edited):
         ({"seed": None}, "seed is empty and is not a number"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 1.5}, "seed '1.5' is not a whole number"),
-        ({"count": 0}, "number of pictures 0"),
-        ({"count": 1000}, "number of pictures 1000"),
+        ({"count": 0}, "number of images 0"),
+        ({"count": 1000}, "number of images 1000"),
         ({"prompt": ["a"]}, "is not text"),
         ({"prompt": "a" * 30000}, "prompt has 30,000 characters"),
         ({"task": "train"}, "task 'train' is not one of"),
@@ -226,12 +226,12 @@ def test_each_task_takes_its_own_pictures(known, photo, edited):
         ({"lora_1": "flat.safetensors", "lora_weight_1": "strong"}, "weight of LoRA flat.safetensors 'strong'"),
         ({"lora_1": "flat.safetensors", "lora_2": "flat.safetensors"}, "twice"),
         ({"lora_1": "../flat.safetensors"}, "LoRA '../flat.safetensors' is not among the files"),
-        ({"task": "img2img"}, "image-to-image needs a picture"),
-        ({"task": "variation"}, "variation needs a picture"),
-        ({"task": "inpaint"}, "inpaint needs a picture"),
-        ({"task": "reconstruct"}, "reconstruction needs a picture"),
+        ({"task": "img2img"}, "image-to-image needs an image"),
+        ({"task": "variation"}, "variation needs an image"),
+        ({"task": "inpaint"}, "inpaint needs an image"),
+        ({"task": "reconstruct"}, "reconstruction needs an image"),
         ({"task": "control"}, "control needs a ControlNet"),
-        ({"task": "control", "controlnet": "canny"}, "control needs a picture"),
+        ({"task": "control", "controlnet": "canny"}, "control needs an image"),
     ],
 )
 def test_a_value_that_means_nothing_is_one_line(known, values, message):
@@ -240,8 +240,8 @@ def test_a_value_that_means_nothing_is_one_line(known, values, message):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_pictures_are_numbers(known, photo):
-    with pytest.raises(ValueError, match="weight of a reference picture 'heavy' is not a number"):
+def test_weights_of_images_are_numbers(known, photo):
+    with pytest.raises(ValueError, match="weight of a reference image 'heavy' is not a number"):
         wish(Form(task="variation", reference_1=photo, reference_weight_1="heavy"), known)
 
 
@@ -303,9 +303,9 @@ def test_several_layers_are_one_mask(edited, tmp_path):
 def test_an_empty_mask_and_an_empty_canvas_are_refused(edited):
     with pytest.raises(ValueError, match="the mask is empty"):
         drawn_mask(edited[1], read)
-    with pytest.raises(ValueError, match="inpaint needs a picture"):
+    with pytest.raises(ValueError, match="inpaint needs an image"):
         drawn_mask({**edited[0], "background": edited[1]["layers"][0]}, read)
-    with pytest.raises(ValueError, match="inpaint needs a picture"):
+    with pytest.raises(ValueError, match="inpaint needs an image"):
         drawn_mask(None, read)
 
 
@@ -321,11 +321,11 @@ def huge_png(path):
     path.write_bytes(data)
 
 
-def test_uploads_that_are_no_pictures_or_too_large_are_one_line(tmp_path):
+def test_uploads_that_are_no_images_or_too_large_are_one_line(tmp_path):
     (tmp_path / "notes.png").write_text("these are notes")
     (tmp_path / "page.ps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
     huge_png(tmp_path / "huge.png")
-    for name, message in (("notes.png", "no picture"), ("page.ps", "no picture"), ("huge.png", "megapixels")):
+    for name, message in (("notes.png", "no image"), ("page.ps", "no image"), ("huge.png", "megapixels")):
         with pytest.raises(ValueError, match=message) as caught:
             read(str(tmp_path / name))
         assert f"'{name}'" in str(caught.value)
@@ -339,9 +339,9 @@ def test_settings_are_read_from_pngs_that_have_them(tmp_path, photo):
     deep = tmp_path / ("x" * 100) / "its photo.png"  # an upload lies in a folder with a long name
     deep.parent.mkdir()
     deep.write_bytes(Path(photo).read_bytes())
-    with pytest.raises(ValueError, match=r"^picture 'its photo\.png' carries no settings"):
+    with pytest.raises(ValueError, match=r"^image 'its photo\.png' carries no settings"):
         read_settings(str(deep))
-    save_picture(Drawn(emoji(), Drawing(prompt="red apple", seed=9)), tmp_path / "drawn.png")
+    save_image(Drawn(emoji(), Drawing(prompt="red apple", seed=9)), tmp_path / "drawn.png")
     assert read_settings(str(tmp_path / "drawn.png")) == Drawing(prompt="red apple", seed=9)
 
 
@@ -377,10 +377,10 @@ def test_a_run_tells_steps_and_results_in_order():
     def work(on_step):
         for step in (1, 2):
             on_step("prior", step, 2, None)
-        yield "picture"
+        yield "image"
 
     news = list(Run(work).news())
-    assert news[-1] == "picture"
+    assert news[-1] == "image"
     assert [one.step for one in news if isinstance(one, Step)] in ([1, 2], [2])
 
 
@@ -391,14 +391,14 @@ def test_steps_that_nobody_looked_at_are_passed_over():
         for step in range(1, 101):
             on_step("prior", step, 100, None)
         done.set()
-        yield "picture"
+        yield "image"
 
     news = Run(work).news()
     seen = [next(news)]
     done.wait(5)
     seen += list(news)
     assert len(seen) < 60
-    assert seen[-1] == "picture"
+    assert seen[-1] == "image"
     assert seen[-2].step == 100
 
 
@@ -457,7 +457,7 @@ def test_an_error_of_the_work_reaches_the_reader():
 
 
 def test_the_history_keeps_pngs_that_carry_their_settings(tmp_path):
-    history = History(tmp_path / "pictures")
+    history = History(tmp_path / "images")
     drawing = Drawing(prompt="Red apple, flat!", seed=5)
     name = history.keep(Drawn(emoji(), drawing), Form(prompt="Red apple, flat!", seed=3, count=4))
     entry = history.entry(name)
@@ -469,7 +469,7 @@ def test_the_history_keeps_pngs_that_carry_their_settings(tmp_path):
 
 
 def test_names_that_a_browser_made_up_show_nothing(tmp_path):
-    history = History(tmp_path / "pictures")
+    history = History(tmp_path / "images")
     name = history.keep(Drawn(emoji(), Drawing()), Form())
     made_up = ["../../etc/passwd", f"x-{'0' * 16}.png", 3, None, name]
     assert [entry.path.name for entry in history.entries(made_up)] == [name]
@@ -481,28 +481,28 @@ def test_names_that_a_browser_made_up_show_nothing(tmp_path):
 
 
 def test_lost_inputs_are_said_when_settings_come_back(tmp_path, photo):
-    history = History(tmp_path / "pictures")
+    history = History(tmp_path / "images")
     kept = history.keep(Drawn(emoji(), Drawing(task="img2img")), Form(task="img2img", image=photo))
     assert values_of(history.entry(kept))[0]["image"] == photo
     Path(photo).unlink()
     values, notes = values_of(history.entry(kept))
     assert values["image"] is None
-    assert notes == ["its input picture is no longer there; upload it again"]
+    assert notes == ["its input image is no longer there; upload it again"]
 
 
 # --- the studio draws
 
 
 def pixels(progress):
-    return np.asarray(Image.open(progress.picture))
+    return np.asarray(Image.open(progress.image))
 
 
 def test_drawing_is_told_step_by_step_and_kept(studio):
     form = Form(prompt="red apple, flat style, on a light blue background", seed=3, count=2, **QUICK)
     told = list(studio.draw(form, "me"))
     lines = [progress.line for progress in told]
-    assert any("Stage C · step" in line and "picture 1 of 2" in line for line in lines)
-    assert any(isinstance(progress.picture, Image.Image) for progress in told)
+    assert any("Stage C · step" in line and "image 1 of 2" in line for line in lines)
+    assert any(isinstance(progress.image, Image.Image) for progress in told)
     assert told[-1].finished == tuple(entry.path.name for entry in studio.history.entries(list(told[-1].finished)))
     assert [read_drawing(studio.history.entry(name).path).seed for name in told[-1].finished] == [3, 4]
     assert pixels(told[-1]).std() > 10
@@ -526,26 +526,26 @@ def test_stopping_leaves_the_session_as_it_was(studio):
 def test_a_new_seed_is_shown(studio):
     told = list(studio.draw(Form(**{**QUICK, "new_seed": True}, preview=True, seed=1), "me"))
     assert told[-1].seed != 1
-    assert read_drawing(told[-1].picture).seed == told[-1].seed
+    assert read_drawing(told[-1].image).seed == told[-1].seed
 
 
 def test_a_reconstruction_is_shown_beside_the_original(studio, photo):
     last = list(studio.draw(Form(task="reconstruct", reconstructed=photo, **QUICK), "me"))[-1]
     assert last.original.size == (64, 64)
-    found = decibels(Image.open(last.picture), last.original)
+    found = decibels(Image.open(last.image), last.original)
     assert f"PSNR {found:.1f} dB" in last.line
     assert found > 8
 
 
-def test_the_control_image_follows_picture_and_filter(studio, photo, tmp_path):
-    assert studio.control_picture(Form()) is None
-    soft = studio.control_picture(Form(control_image=photo, control_filter="SoftEdgeFilter"))
+def test_the_control_image_follows_image_and_filter(studio, photo, tmp_path):
+    assert studio.control_image(Form()) is None
+    soft = studio.control_image(Form(control_image=photo, control_filter="SoftEdgeFilter"))
     assert soft.size == (64, 64)
     assert np.asarray(soft).std() > 10
     emoji((128, 64), "lightblue").save(tmp_path / "even.png")
-    even = studio.control_picture(Form(control_image=str(tmp_path / "even.png"), control_filter="SoftEdgeFilter"))
+    even = studio.control_image(Form(control_image=str(tmp_path / "even.png"), control_filter="SoftEdgeFilter"))
     assert np.asarray(even).max() < 20
-    ready = studio.control_picture(Form(control_image=photo, control_filter="SoftEdgeFilter", control_filtered=True))
+    ready = studio.control_image(Form(control_image=photo, control_filter="SoftEdgeFilter", control_filtered=True))
     assert (np.asarray(ready) == np.asarray(emoji())).all()
 
 
@@ -554,11 +554,11 @@ def test_settings_come_back_from_history_and_file(studio, photo):
     last = list(studio.draw(form, "me"))[-1]
     values, notes, path = studio.restored(last.finished[0])
     assert Form(**values) == form
-    assert (notes, path) == ([], last.picture)
+    assert (notes, path) == ([], last.image)
     values, notes = studio.restored_from(str(path))
     assert (values["task"], values["strength"], values["seed"]) == ("img2img", 0.4, 8)
-    assert "image" not in values  # a file may say anything about where pictures lie
-    assert notes == ["choose its input picture again"]
+    assert "image" not in values  # a file may say anything about where images lie
+    assert notes == ["choose its input image again"]
 
 
 # --- the guard
@@ -592,7 +592,7 @@ LENGTH = ((b"content-length", b"10"),)
         ("GET", "/theme.css"),
         ("GET", "/assets/index.js"),
         ("GET", "/gradio_api/queue/data"),
-        ("GET", "/gradio_api/file=/tmp/page/picture.png"),
+        ("GET", "/gradio_api/file=/tmp/page/image.png"),
         ("GET", "/gradio_api/heartbeat/abc123"),
         ("POST", "/gradio_api/queue/join"),
         ("POST", "/gradio_api/upload"),

@@ -75,7 +75,7 @@ def files(tmp_path_factory):
     circle((64, 64), "tomato").save(folder / "circle.png")
     circle((64, 64), "tomato", place=(4, 4, 30, 30)).save(folder / "small.png")
     (folder / "notes.txt").write_text("these are notes")
-    (folder / "notes.png").write_text("these are notes, called a picture")
+    (folder / "notes.png").write_text("these are notes, called an image")
     (folder / "loras").mkdir()
     make_lora(folder / "loras" / "strong.safetensors")
     make_controlnet(folder / "canny")
@@ -145,9 +145,9 @@ def page(chromium, url):
 
 
 def circle(size, colour, place=None):
-    picture = Image.new("RGB", size, "lightblue")
-    ImageDraw.Draw(picture).ellipse(place or (12, 12, 52, 52), colour)
-    return picture
+    image = Image.new("RGB", size, "lightblue")
+    ImageDraw.Draw(image).ellipse(place or (12, 12, 52, 52), colour)
+    return image
 
 
 def line(page):
@@ -155,17 +155,17 @@ def line(page):
 
 
 def draw(page):
-    """Presses, waits, and gives the picture that is then seen."""
+    """Presses, waits, and gives the image that is then seen."""
     before = page.locator("#history img").count()
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#line p:not(.busy)", has_text=" s").wait_for()
     page.locator("#history img").nth(before).wait_for()
-    for _ in range(100):  # until the last rough picture has given way to the finished one, which carries its settings
-        picture = seen(page, "picture")
-        if getattr(Image.open(io.BytesIO(picture)), "text", None):
+    for _ in range(100):  # until the last rough image has given way to the finished one, which carries its settings
+        image = seen(page, "drawn")
+        if getattr(Image.open(io.BytesIO(image)), "text", None):
             break
         page.wait_for_timeout(100)
-    return picture
+    return image
 
 
 def seen(page, name):
@@ -199,7 +199,7 @@ def message(page):
     return text
 
 
-def test_a_prompt_becomes_a_picture_and_another_prompt_another(page, tmp_path):
+def test_a_prompt_becomes_an_image_and_another_prompt_another(page, tmp_path):
     page.get_by_label("Prompt", exact=True).fill(APPLE)
     apple = draw(page)
     assert pixels(apple).shape == (64, 64, 3)
@@ -210,17 +210,17 @@ def test_a_prompt_becomes_a_picture_and_another_prompt_another(page, tmp_path):
     assert np.abs(pixels(apple) - pixels(panda)).mean() > 20
     # What is downloaded is the file with its settings.
     with page.expect_download() as download:
-        page.locator("#picture").get_by_label("Download").click()
+        page.locator("#drawn").get_by_label("Download").click()
     download.value.save_as(tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes() == panda
     assert (read_drawing(tmp_path / "drawn.png").prompt, read_drawing(tmp_path / "drawn.png").seed) == (PANDA, 0)
-    # The history brings settings and picture back.
+    # The history brings settings and image back.
     page.locator("#seed input").fill("77")
     page.locator("#history button img").nth(1).click()
     page.get_by_text("settings restored").wait_for()
     assert page.get_by_label("Prompt", exact=True).input_value() == APPLE
     assert page.locator("#seed input").input_value() == "0"
-    assert seen(page, "picture") == apple
+    assert seen(page, "drawn") == apple
     assert (pixels(draw(page)) == pixels(apple)).all()
     # It outlives the page in the browser, and a file dropped on the page does the same.
     page.reload()
@@ -236,10 +236,10 @@ def test_a_drawing_is_watched_and_stopped(page):
     page.locator("#prior_steps input[type=number]").fill("60")
     page.locator("#count input").fill("16")
     page.get_by_role("button", name="Draw", exact=True).click()
-    page.locator("#line", has_text=re.compile(r"picture 1 of 16 · Stage C · step \d+ of 60")).wait_for()
-    page.locator("#picture img").wait_for()
+    page.locator("#line", has_text=re.compile(r"image 1 of 16 · Stage C · step \d+ of 60")).wait_for()
+    page.locator("#drawn img").wait_for()
     page.get_by_role("button", name="Stop").click()
-    page.locator("#line", has_text=re.compile(r"stopped · \d+ pictures? finished")).wait_for()
+    page.locator("#line", has_text=re.compile(r"stopped · \d+ images? finished")).wait_for()
     page.locator("#prior_steps input[type=number]").fill("5")
     page.locator("#count input").fill("1")
     assert pixels(draw(page)).std() > 20
@@ -255,10 +255,10 @@ def test_a_wrong_input_is_a_message(page, files):
     page.locator("#height input").fill("0")
     tab(page, "Image to image")
     page.get_by_role("button", name="Draw", exact=True).click()
-    assert "image-to-image needs a picture; upload one" in message(page)
+    assert "image-to-image needs an image; upload one" in message(page)
     page.locator("#image input[type=file]").first.set_input_files(files / "notes.png")
     page.get_by_role("button", name="Draw", exact=True).click()
-    assert "'notes.png' is no picture that can be read" in message(page)
+    assert "'notes.png' is no image that can be read" in message(page)
     page.locator("#settings_file input[type=file]").set_input_files(files / "circle.png")
     assert "'circle.png' carries no settings" in message(page)
 
@@ -309,7 +309,7 @@ def test_inpainting_keeps_what_is_not_drawn_over(page, files):
     editor = page.locator("#edited")
     editor.get_by_text(re.compile(r"^\d\d%$")).wait_for()  # its canvas is there
     editor.locator("input[type=file]").first.set_input_files(files / "circle.png")
-    editor.get_by_text(re.compile(r"[2-9]\d\d%")).wait_for()  # the small picture is there, enlarged
+    editor.get_by_text(re.compile(r"[2-9]\d\d%")).wait_for()  # the small image is there, enlarged
     page.wait_for_timeout(500)
     page.get_by_role("button", name="Draw", exact=True).click()
     assert "the mask is empty; draw over what is to be painted anew" in message(page)
@@ -327,7 +327,7 @@ def test_inpainting_keeps_what_is_not_drawn_over(page, files):
 
 
 @pytest.mark.slow
-def test_a_lora_and_a_reference_picture_change_the_picture(page, files):
+def test_a_lora_and_a_reference_image_change_the_image(page, files):
     page.get_by_label("Prompt", exact=True).fill(APPLE)
     plain = pixels(draw(page))
     page.get_by_label("LoRA 1", exact=True).click()

@@ -97,7 +97,7 @@ def test_uploads_end_where_the_page_holds_enough(monkeypatch, tmp_path):
     guard = Guard(None, most_bytes=10, only_this_machine=True, stored=lambda: bytes_in(tmp_path))
     scope = {"method": "POST", "path": "/gradio_api/upload", "headers": OWN}
     status, text = guard.refusal(scope)
-    assert (status, text) == (507, "the page holds as many pictures as it may; save yours, and start it again")
+    assert (status, text) == (507, "the page holds as many images as it may; save yours, and start it again")
     assert guard.refusal({**scope, "path": "/gradio_api/queue/join"}) is None
     (tmp_path / "b.png").unlink()
     assert guard.refusal(scope) is None

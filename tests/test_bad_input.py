@@ -25,7 +25,7 @@ from stable_cascade import (
 from stable_cascade.adapters import load_lora
 from stable_cascade.cli.main import main
 from stable_cascade.data.images import decode_image, image_size
-from stable_cascade.drawing import Drawing, read_drawing, read_picture
+from stable_cascade.drawing import Drawing, read_drawing, read_image
 from stable_cascade.embedded import embedded_path
 from stable_cascade.files import describe
 from tests.drawing_parts import checkered, half_mask, make_controlnet, make_lora, png_of_size
@@ -46,10 +46,10 @@ def place(tmp_path_factory):
     whole = (folder / "photo.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "flipped.png").write_bytes(whole[:60] + bytes([whole[60] ^ 64]) + whole[61:])
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     (folder / "huge.png").write_bytes(bomb(*MEGAPIXELS_100, colour=3, depth=1))
     (folder / "claims.png").write_bytes(png_of_size(2**31 - 1, 2**31 - 1))
-    (folder / "picture.safetensors").write_bytes(whole)
+    (folder / "image.safetensors").write_bytes(whole)
     (folder / "page.safetensors").write_text("<!DOCTYPE html><html>404</html>")
     (folder / "cut.safetensors").write_bytes(WEIGHTS.read_bytes()[:1000])
     (folder / "empty.txt").write_text("\n\n")
@@ -100,37 +100,37 @@ CALLS = {
     "width as text": ({"width": "64"}, "width '64' is not a multiple of 8"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps 0 is not a positive whole number"),
     "guidance that is no number": ({"prior_guidance_scale": float("nan")}, "guidance_scale nan is not a number"),
-    "no pictures": ({"num_images_per_prompt": 0}, "num_images_per_prompt 0 is not a positive whole number"),
+    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt 0 is not a positive whole number"),
     "strength beyond 1": ({"image": "PHOTO", "strength": 1.5}, "strength 1.5 is outside [0, 1]"),
-    "strength without a picture": ({"strength": 0.5}, "strength is given without image"),
-    "mask without a picture": ({"mask_image": "MASK"}, "mask_image is given without image"),
+    "strength without an image": ({"strength": 0.5}, "strength is given without image"),
+    "mask without an image": ({"mask_image": "MASK"}, "mask_image is given without image"),
     "mask of another size": ({"image": "PHOTO", "mask_image": "SMALL"}, "mask_image is 32 x 32", "image 64 x 64"),
-    "picture as text": ({"image": "photo.png"}, "image", "str"),
-    "picture of no size": ({"image": torch.zeros(3, 0, 64)}, "image"),
-    "picture that is too small": ({"image": torch.zeros(3, 8, 8)}, "image is 8 x 8", "64 is the smallest side"),
-    "picture with four channels": ({"image": torch.zeros(4, 64, 64)}, "image", "4"),
-    "picture of no numbers": ({"image": torch.full((3, 64, 64), float("nan"))},
+    "image as text": ({"image": "photo.png"}, "image", "str"),
+    "image of no size": ({"image": torch.zeros(3, 0, 64)}, "image"),
+    "image that is too small": ({"image": torch.zeros(3, 8, 8)}, "image is 8 x 8", "64 is the smallest side"),
+    "image with four channels": ({"image": torch.zeros(4, 64, 64)}, "image", "4"),
+    "image of no numbers": ({"image": torch.full((3, 64, 64), float("nan"))},
                               "image has values from nan to nan", "[0, 1]"),
-    "control picture of 3 channels": ({"control_image": "PHOTO"}, "control_image has 3 channels", "takes 1", "filter"),
+    "control image of 3 channels": ({"control_image": "PHOTO"}, "control_image has 3 channels", "takes 1", "filter"),
     "control tensor of 4 channels": ({"control_image": torch.zeros(4, 48, 48)}, "control_image has 4 channels",
                                      "takes 1"),
-    "control picture of no size": ({"control_image": torch.zeros(1, 0, 0)}, "control_image has no pixels"),
-    "empty control list": ({"control_image": []}, "control_image is empty; give at least one picture"),
-    "control pictures for no image": ({"control_image": torch.zeros(2, 1, 48, 48)},
+    "control image of no size": ({"control_image": torch.zeros(1, 0, 0)}, "control_image has no pixels"),
+    "empty control list": ({"control_image": []}, "control_image is empty; give at least one image"),
+    "control images for no image": ({"control_image": torch.zeros(2, 1, 48, 48)},
                                       "control_image has 2 rows for 1 images"),
-    "generators for other pictures": ({"generator": []}, "generator is a list of 0 for 1 images"),
+    "generators for other images": ({"generator": []}, "generator is a list of 0 for 1 images"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", CALLS)
 def test_calls(pipeline, what):
-    pictures = {"PHOTO": checkered(), "MASK": Image.new("L", (64, 64)), "SMALL": Image.new("L", (32, 32))}
+    images = {"PHOTO": checkered(), "MASK": Image.new("L", (64, 64)), "SMALL": Image.new("L", (32, 32))}
     arguments, *words = CALLS[what]
-    given = {key: pictures.get(value, value) if isinstance(value, str) else value for key, value in arguments.items()}
+    given = {key: images.get(value, value) if isinstance(value, str) else value for key, value in arguments.items()}
     check(refusal(lambda: pipeline(**{"prompt": "a fox", **given})), *words)
 
 
-def test_control_picture_without_a_controlnet():
+def test_control_image_without_a_controlnet():
     message = refusal(lambda: cascade()("a fox", control_image=checkered()))
     check(message, "control_image needs a controlnet, and this pipeline has none; load it with controlnet=")
 
@@ -152,8 +152,8 @@ def test_reconstruction():
 # --- files given to the call
 
 FILES = {
-    "a picture as a prior": (lambda file: StableCascadePrior.from_single_file(file("picture.safetensors")),
-                             "picture.safetensors' is a PNG picture, no weights"),
+    "an image as a prior": (lambda file: StableCascadePrior.from_single_file(file("image.safetensors")),
+                             "image.safetensors' is a PNG image, no weights"),
     "a web page as a decoder": (lambda file: StableCascadeDecoder.from_single_file(file("page.safetensors")),
                                 "page.safetensors' is a web page", "download the file itself"),
     "a previewer as a prior": (lambda file: StableCascadePrior.from_single_file(WEIGHTS),
@@ -170,8 +170,8 @@ FILES = {
     "an empty folder as a pipeline": (lambda file: StableCascadePipeline.from_pretrained(file("folder")), "folder'"),
     "a network as a LoRA": (lambda file: cascade().load_lora_weights(WEIGHTS), "diffusion_pytorch_model.safetensors'",
                             "lora_A.weight"),
-    "a picture as a LoRA": (lambda file: cascade().load_lora_weights(file("photo.png")),
-                            "photo.png' is a PNG picture"),
+    "an image as a LoRA": (lambda file: cascade().load_lora_weights(file("photo.png")),
+                            "photo.png' is a PNG image"),
     "half a LoRA": (lambda file: cascade().load_lora_weights(file("half_lora.safetensors")),
                     "half_lora.safetensors' has 'unet.down_blocks.0.to_q.lora_A.weight' and lacks its lora_B"),
     "a LoRA as learned tokens": (lambda file: cascade().load_textual_inversion(file("lora.safetensors")),
@@ -184,17 +184,17 @@ FILES = {
                                 "was trained for a prior of width 77; this one has width 128 (embedded)"),
     "a LoRA as a ControlNet": (lambda file: StableCascadeControlNet.from_single_file(file("lora.safetensors")),
                                "lora.safetensors': this is a LoRA in peft format", "not the ControlNet; give it to"),
-    "a picture cut short": (lambda file: read_picture(file("cut.png")), "cut.png' is damaged", "another copy"),
-    "a picture with a wrong bit": (lambda file: read_picture(file("flipped.png")), "flipped.png' is damaged"),
-    "text as a picture": (lambda file: read_picture(file("text.png")), "text.png' is no picture that can be read",
+    "an image cut short": (lambda file: read_image(file("cut.png")), "cut.png' is damaged", "another copy"),
+    "an image with a wrong bit": (lambda file: read_image(file("flipped.png")), "flipped.png' is damaged"),
+    "text as an image": (lambda file: read_image(file("text.png")), "text.png' is no image that can be read",
                           "PNG"),
-    "weights as a picture": (lambda file: read_picture(WEIGHTS), "diffusion_pytorch_model.safetensors' is no picture"),
-    "100 megapixels": (lambda file: read_picture(file("huge.png")), "huge.png' is 10000 x 10000", "at most 64",
+    "weights as an image": (lambda file: read_image(WEIGHTS), "diffusion_pytorch_model.safetensors' is no image"),
+    "100 megapixels": (lambda file: read_image(file("huge.png")), "huge.png' is 10000 x 10000", "at most 64",
                        "shrink it first"),
-    "quintillions of pixels": (lambda file: read_picture(file("claims.png")),
+    "quintillions of pixels": (lambda file: read_image(file("claims.png")),
                                "claims.png' has more than 64 megapixels"),
     "a photo that nobody drew": (lambda file: read_drawing(file("photo.png")), "photo.png' carries no settings"),
-    "a picture inspected": (lambda file: describe(file("photo.png")), "photo.png' is a PNG picture, no weights"),
+    "an image inspected": (lambda file: describe(file("photo.png")), "photo.png' is a PNG image, no weights"),
     "half a file inspected": (lambda file: describe(file("cut.safetensors")), "cut.safetensors' is damaged"),
 }  # fmt: skip
 
@@ -211,17 +211,17 @@ def test_files(place, what):
     check(refusal(lambda: call(lambda name: place / name)), *words)
 
 
-def test_pictures_of_a_training(place):
+def test_images_of_a_training(place):
     """They have no name there; the shard's sample is named by what reads it."""
     for name, words in {
         "cut.png": "cannot decode",
         "flipped.png": "cannot decode",
         "text.png": "cannot decode: UnidentifiedImageError",
-        "huge.png": "10000 x 10000 pixels are more than 64,000,000; shrink the picture",
+        "huge.png": "10000 x 10000 pixels are more than 64,000,000; shrink the image",
         "claims.png": "cannot decode",
     }.items():
         check(refusal(lambda name=name: decode_image((place / name).read_bytes())), words)
-    check(refusal(lambda: image_size((place / "text.png").read_bytes())), "no readable picture")
+    check(refusal(lambda: image_size((place / "text.png").read_bytes())), "no readable image")
 
 
 # --- the command
@@ -231,49 +231,49 @@ COMMANDS = {
     "width 0": ("img2img a --image photo.png --width 0", "width 0 is not a multiple of 8 from 64 to 8192"),
     "no prompt": ("generate", "no prompt is given; give PROMPT, '' for none, or --prompts-file"),
     "no prompts in a file": ("generate --prompts-file empty.txt", "--prompts-file 'empty.txt' has no prompt"),
-    "a picture of prompts": ("generate --prompts-file photo.png", "'photo.png' is neither UTF-8 nor UTF-16"),
+    "an image of prompts": ("generate --prompts-file photo.png", "'photo.png' is neither UTF-8 nor UTF-16"),
     "no steps": ("generate a --steps 0", "prior_num_inference_steps 0 is not a whole number from 1 to 1000"),
-    "no pictures": ("generate a --count 0", "count 0 is not a whole number from 1 to 10000"),
+    "no images": ("generate a --count 0", "count 0 is not a whole number from 1 to 10000"),
     "a LoRA of the 3.6B": ("generate a --lora lora_3.6B.safetensors",
                            "lora_3.6B.safetensors' was trained for a prior of "
                            "width 2048 (3.6B); this one has width 128 (embedded)"),
     "a network as a LoRA": ("generate a --lora WEIGHTS", "diffusion_pytorch_model.safetensors' is the previewer",
                             "give a LoRA's file"),
-    "a picture as a LoRA": ("generate a --lora photo.png", "photo.png' is a PNG picture"),
+    "an image as a LoRA": ("generate a --lora photo.png", "photo.png' is a PNG image"),
     "a LoRA as a model": ("generate a --model lora.safetensors", "lora.safetensors"),
-    "a picture as a model": ("generate a --model photo.png", "photo.png"),
+    "an image as a model": ("generate a --model photo.png", "photo.png"),
     "a folder without a model": ("generate a --model folder", "folder"),
-    "control picture of 3 channels": ("control a --controlnet canny --image photo.png --filtered",
+    "control image of 3 channels": ("control a --controlnet canny --image photo.png --filtered",
                                       "control image for 'canny' has 3 channels, its ControlNet takes 1", "filter"),
-    "control picture of 1 channel": ("control a --controlnet colours --image mask.png --filtered",
+    "control image of 1 channel": ("control a --controlnet colours --image mask.png --filtered",
                                      "has 1 channels, its ControlNet takes 3"),
     "a LoRA as a ControlNet": ("control a --controlnet lora.safetensors --image photo.png", "lora.safetensors"),
-    "no control picture": ("control a --controlnet canny", "canny", "has no picture to look at; give it one"),
-    "a picture cut short": ("img2img a --image cut.png", "picture 'cut.png' is damaged", "another copy"),
-    "a picture with a wrong bit": ("reconstruct flipped.png", "picture 'flipped.png' is damaged"),
-    "a mask cut short": ("inpaint a --image photo.png --mask cut.png", "picture 'cut.png' is damaged"),
-    "a reference cut short": ("variation --image cut.png", "picture 'cut.png' is damaged"),
-    "a control picture cut short": ("control a --controlnet canny --image cut.png", "picture 'cut.png' is damaged"),
-    "text as a picture": ("img2img a --image text.png",
-                          "picture 'text.png' is no picture that can be read; give one of PNG"),
+    "no control image": ("control a --controlnet canny", "canny", "has no image to look at; give it one"),
+    "an image cut short": ("img2img a --image cut.png", "image 'cut.png' is damaged", "another copy"),
+    "an image with a wrong bit": ("reconstruct flipped.png", "image 'flipped.png' is damaged"),
+    "a mask cut short": ("inpaint a --image photo.png --mask cut.png", "image 'cut.png' is damaged"),
+    "a reference cut short": ("variation --image cut.png", "image 'cut.png' is damaged"),
+    "a control image cut short": ("control a --controlnet canny --image cut.png", "image 'cut.png' is damaged"),
+    "text as an image": ("img2img a --image text.png",
+                          "image 'text.png' is no image that can be read; give one of PNG"),
     "100 megapixels": ("img2img a --image huge.png",
-                       "picture 'huge.png' is 10000 x 10000, 100 megapixels; at most 64"),
+                       "image 'huge.png' is 10000 x 10000, 100 megapixels; at most 64"),
     "100 megapixels of mask": ("inpaint a --image photo.png --mask huge.png", "huge.png", "100 megapixels"),
     "100 megapixels rebuilt": ("reconstruct huge.png", "huge.png", "100 megapixels"),
     "quintillions of pixels": ("reconstruct claims.png", "claims.png", "megapixels"),
-    "no picture": ("img2img a --image none.png", "none.png' does not exist; give"),
+    "no image": ("img2img a --image none.png", "none.png' does not exist; give"),
     "a photo that nobody drew": ("generate --from-image photo.png", "photo.png' carries no settings"),
     "weights drawn again": ("generate --from-image WEIGHTS", "is no PNG; settings are kept in PNG files only"),
-    "a picture inspected": ("inspect photo.png", "photo.png' is a PNG picture, no weights"),
+    "an image inspected": ("inspect photo.png", "photo.png' is a PNG image, no weights"),
     "a web page inspected": ("inspect page.safetensors", "page.safetensors' is a web page"),
     "half a file inspected": ("inspect cut.safetensors", "cut.safetensors' is damaged"),
     "nothing inspected": ("inspect none.safetensors", "none.safetensors' does not exist"),
-    "a picture converted": ("convert photo.png out.safetensors --to kohya", "photo.png' is a PNG picture, no weights"),
+    "an image converted": ("convert photo.png out.safetensors --to kohya", "photo.png' is a PNG image, no weights"),
     "a LoRA converted to no format": ("convert lora.safetensors out.safetensors --to kohia", "kohia",
                                       "nearest: 'kohya'"),
     "half a LoRA converted": ("convert half_lora.safetensors out.safetensors --to kohya", "half_lora.safetensors"),
     "half a file converted": ("convert cut.safetensors out.safetensors --to original", "cut.safetensors' is damaged"),
-    "no folder of pictures": ("prepare none shards", "none"),
+    "no folder of images": ("prepare none shards", "none"),
 }  # fmt: skip
 
 
@@ -297,12 +297,12 @@ def test_commands(place, monkeypatch, capsys, what):
 def test_json_tells_the_error(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert main(["reconstruct", "cut.png", "--json"]) == 2
-    assert "picture 'cut.png' is damaged" in json.loads(capsys.readouterr().out)["error"]
+    assert "image 'cut.png' is damaged" in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_prepare_counts_broken_pictures(place, tmp_path, capsys):
-    """Broken pictures among good ones are left out and counted; too many of them are an error."""
-    source = tmp_path / "pictures"
+def test_prepare_counts_broken_images(place, tmp_path, capsys):
+    """Broken images among good ones are left out and counted; too many of them are an error."""
+    source = tmp_path / "images"
     source.mkdir()
     for number in range(4):
         checkered(shift=number).save(source / f"{number}.png")
@@ -319,13 +319,13 @@ def test_prepare_counts_broken_pictures(place, tmp_path, capsys):
 # --- the page
 
 UPLOADS = {
-    "cut.png": ("picture 'cut.png' is damaged", "another copy"),
-    "flipped.png": ("picture 'flipped.png' is damaged",),
-    "text.png": ("picture 'text.png' is no picture that can be read; give one of PNG",),
-    "huge.png": ("picture 'huge.png' is 10000 x 10000, 100 megapixels; at most 32 are read, shrink it first",),
-    "claims.png": ("picture 'claims.png' has more than 32 megapixels; shrink it first",),
-    "lora.safetensors": ("picture 'lora.safetensors' is no picture",),
-    "none.png": ("picture 'none.png' is no longer there; upload it again",),
+    "cut.png": ("image 'cut.png' is damaged", "another copy"),
+    "flipped.png": ("image 'flipped.png' is damaged",),
+    "text.png": ("image 'text.png' is no image that can be read; give one of PNG",),
+    "huge.png": ("image 'huge.png' is 10000 x 10000, 100 megapixels; at most 32 are read, shrink it first",),
+    "claims.png": ("image 'claims.png' has more than 32 megapixels; shrink it first",),
+    "lora.safetensors": ("image 'lora.safetensors' is no image",),
+    "none.png": ("image 'none.png' is no longer there; upload it again",),
 }
 
 
@@ -354,7 +354,7 @@ def test_drawings(what):
 
 
 def test_a_refused_lora_leaves_the_pipeline_as_it_was(place):
-    """What was refused changes nothing: the same picture as before, bit by bit, and another LoRA still loads."""
+    """What was refused changes nothing: the same image as before, bit by bit, and another LoRA still loads."""
     pipeline = cascade(**tiny_parts())  # its own networks: they keep the LoRA that fits
 
     def draw() -> torch.Tensor:

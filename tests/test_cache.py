@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from stable_cascade.cli.main import main
 from stable_cascade.data.cache import StoreWriter, TensorStore, digest
-from tests.making_shards import encoded, picture, undecodable, write_tar
+from tests.making_shards import encoded, image, undecodable, write_tar
 from tests.tiny_cascade import WORDS
-from tests.trainer_runs import ROOT, SIZES, settings, tensors, train, write_cascade, write_config, write_pictures
+from tests.trainer_runs import ROOT, SIZES, settings, tensors, train, write_cascade, write_config, write_images
 from tests.two_processes import launch_two
 
 PLAIN = {"image_embedding_share": 0.5, "num_preview_images": 0, "train_tokens": None, "updates": 5, "ema_beta": 0.5}
@@ -29,7 +29,7 @@ LIVE = {**PLAIN, "crops_per_image": 1}
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"), dropout=0.0)
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -174,19 +174,19 @@ def test_cached_and_live_losses_are_equal_with_a_controlnet(tmp_path, cascade):
     assert_near(losses(tmp_path, "cached"), losses(tmp_path))
 
 
-def masked_pictures(path: Path) -> Path:
+def masked_images(path: Path) -> Path:
     members = {}
     for number in range(12):
         width, height = SIZES[number % len(SIZES)]
-        members[f"{number:03}.png"] = picture(width, height, seed=number)
+        members[f"{number:03}.png"] = image(width, height, seed=number)
         members[f"{number:03}.txt"] = f"a {WORDS[number % 3]}"
         if number % 2:
-            members[f"{number:03}.mask.png"] = picture(width, height, seed=100 + number)
+            members[f"{number:03}.mask.png"] = image(width, height, seed=100 + number)
     return write_tar(path, members)
 
 
 def test_cached_and_live_losses_are_equal_with_masks(tmp_path, cascade):
-    data = str(masked_pictures(tmp_path / "masked.tar"))
+    data = str(masked_images(tmp_path / "masked.tar"))
     changes = {"webdataset_path": data, "masked_loss": True, "unmasked_weight": 0.0}
     train("lora", tmp_path, cascade, **{**LIVE, **changes})
     train("lora", tmp_path, cascade, experiment_id="cached", **{**FRESH, **changes})
@@ -196,11 +196,11 @@ def test_cached_and_live_losses_are_equal_with_masks(tmp_path, cascade):
     assert max(apart) > 1e-4  # the masks do something
 
 
-def test_broken_pictures_are_replaced_and_counted_as_without_a_cache(tmp_path, cascade):
+def test_broken_images_are_replaced_and_counted_as_without_a_cache(tmp_path, cascade):
     members = {}
     for number in range(12):
         width, height = SIZES[number % len(SIZES)]
-        members[f"{number:03}.png"] = (undecodable if number in (1, 5, 7) else picture)(width, height, seed=number)
+        members[f"{number:03}.png"] = (undecodable if number in (1, 5, 7) else image)(width, height, seed=number)
         members[f"{number:03}.txt"] = f"a {WORDS[number % 3]}"
     data = {"webdataset_path": str(write_tar(tmp_path / "broken.tar", members)), "max_broken_share": 0.5}
     train("lora", tmp_path, cascade, **{**LIVE, **data})
@@ -247,7 +247,7 @@ def test_training_from_the_cache_needs_no_encoder(tmp_path, cascade):
         train("lora", tmp_path, own, experiment_id="live", **{**LIVE})
 
 
-def test_another_encoder_and_another_picture_are_computed_anew(tmp_path, cascade):
+def test_another_encoder_and_another_image_are_computed_anew(tmp_path, cascade):
     own = tmp_path / "cascade"
     shutil.copytree(cascade, own)
     cache = {"cache_dir": str(tmp_path / "cache")}
@@ -268,12 +268,12 @@ def test_another_encoder_and_another_picture_are_computed_anew(tmp_path, cascade
     # The same names and sizes, other pixels.
     members = {}
     for number in range(12):
-        members[f"{number:03}.png"] = picture(*SIZES[number % len(SIZES)], seed=50 + number)
+        members[f"{number:03}.png"] = image(*SIZES[number % len(SIZES)], seed=50 + number)
         members[f"{number:03}.txt"] = f"a [fox] photo of {WORDS[number % 3]}"
-    write_tar(own / "pictures.tar", members)
-    train("lora", tmp_path, own, experiment_id="pictures", **{**FRESH, **cache})
+    write_tar(own / "images.tar", members)
+    train("lora", tmp_path, own, experiment_id="images", **{**FRESH, **cache})
     train("lora", tmp_path, own, experiment_id="live", **LIVE)
-    assert_near(losses(tmp_path, "pictures"), losses(tmp_path, "live"))
+    assert_near(losses(tmp_path, "images"), losses(tmp_path, "live"))
     third = set(files_of(tmp_path / "cache"))
     assert {path.parent.name.split("-")[0] for path in third - second} == {"latents", "images"}
 
@@ -292,18 +292,18 @@ def test_a_longer_training_adds_only_what_is_new(tmp_path, cascade):
 
 
 def test_a_stream_has_no_cache(tmp_path, cascade):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/a.png").write_bytes(picture())
-    (tmp_path / "pictures/metadata.csv").write_text("file_name,text\na.png,a dog\n")
-    data = {"webdataset_path": None, "dataset_name": str(tmp_path / "pictures"), "streaming": True}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(image())
+    (tmp_path / "images/metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    data = {"webdataset_path": None, "dataset_name": str(tmp_path / "images"), "streaming": True}
     with pytest.raises(ValueError, match="streaming"):
         train("lora", tmp_path, cascade, **{**FRESH, **data})
 
 
-def test_masks_of_grey_pictures_are_cached_at_the_size_of_latents(tmp_path, cascade):
+def test_masks_of_grey_images_are_cached_at_the_size_of_latents(tmp_path, cascade):
     from PIL import Image
 
-    members = {"0.png": picture(64, 64), "0.txt": "a dog", "0.mask.png": encoded(Image.new("L", (64, 64), 128))}
+    members = {"0.png": image(64, 64), "0.txt": "a dog", "0.mask.png": encoded(Image.new("L", (64, 64), 128))}
     data = {"webdataset_path": str(write_tar(tmp_path / "one.tar", members)), "masked_loss": True}
     train("lora", tmp_path, cascade, **{**FRESH, **data, "updates": 1, "multi_aspect_ratio": None})
     store = TensorStore(next((tmp_path / "runs/cache").glob("masks-*")))

@@ -16,7 +16,7 @@ from tests.tiny_pipelines import (
     decoder_pipeline,
     edges,
     embedded,
-    pictures,
+    images,
     prior_pipeline,
     reconstruction_pipeline,
     right_half,
@@ -85,8 +85,8 @@ def test_one_is_the_plain_run_and_a_cached_run_leaves_no_trace(pipeline):
         {},
         {"prior_guidance_scale": 1.0, "decoder_guidance_scale": 1.0},
         {"guidance_interval": (0.3, 0.7)},  # rows are added, and taken away
-        {"image": pictures(), "strength": 0.7},
-        {"image": pictures(), "mask_image": right_half()},
+        {"image": images(), "strength": 0.7},
+        {"image": images(), "mask_image": right_half()},
         {"control_image": edges()},
         {"control_image": edges(), "control_guidance_start": 0.2, "control_guidance_end": 0.6},
         {"num_images_per_prompt": 2, "guidance_interval": (0.5, 1.0), "control_image": edges()},
@@ -101,8 +101,8 @@ def test_where_the_deeper_half_knows_no_time_nothing_changes(steady, given, inte
     torch.testing.assert_close(cached, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("given", [{}, {"image": pictures(), "strength": 0.8}, {"control_image": edges()}])
-def test_a_picture_is_the_same_alone_or_in_a_batch(given):
+@pytest.mark.parametrize("given", [{}, {"image": images(), "strength": 0.8}, {"control_image": edges()}])
+def test_an_image_is_the_same_alone_or_in_a_batch(given):
     pipeline = cascade(controlnet=tiny_controlnet())
     call = {**given, **FOUR, "cache_interval": 2}
     together = pipeline(["red dog", "snail"], generator=seeds(1, 2), **call).images
@@ -181,7 +181,7 @@ def test_an_interval_that_means_nothing_is_refused(interval):
         lambda: cascade()("red dog", cache_interval=interval),
         lambda: prior_pipeline()("red dog", cache_interval=interval),
         lambda: decoder_pipeline()(latents, "red dog", cache_interval=interval),
-        lambda: reconstruction_pipeline()(pictures(), cache_interval=interval),
+        lambda: reconstruction_pipeline()(images(), cache_interval=interval),
     ):
         with pytest.raises(ValueError, match=f"^cache_interval {interval!r} is not a positive whole number; 1 runs"):
             draw()
@@ -201,7 +201,7 @@ def test_the_two_stages_alone_and_a_reconstruction_cache_too(pipeline):
         torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
     rebuild = reconstruction_pipeline()
     run = {"num_inference_steps": 4, "output_type": "pt", "cache_interval": 2}
-    assert calls(PARTS["decoder"], lambda: rebuild(pictures(), generator=seeds(1), **run))["down 1"] == 2
+    assert calls(PARTS["decoder"], lambda: rebuild(images(), generator=seeds(1), **run))["down 1"] == 2
 
 
 def test_the_trained_cascade_draws_nearly_the_same():

@@ -10,7 +10,7 @@ from PIL import Image
 from stable_cascade.cli.drawing import drawings_of
 from stable_cascade.cli.drawing_options import parse_choice
 from stable_cascade.cli.main import main, make_parser
-from stable_cascade.drawing import ControlChoice, Drawing, Drawn, InputFile, LoraChoice, read_drawing, save_picture
+from stable_cascade.drawing import ControlChoice, Drawing, Drawn, InputFile, LoraChoice, read_drawing, save_image
 from tests.drawing_parts import checkered, half_mask, make_controlnet, make_lora, png_of_size, same, saved
 
 FAST = ("--steps", "2", "--decoder-steps", "1")
@@ -59,27 +59,27 @@ def asked(*words):
     return drawings_of(vars(make_parser().parse_args([str(word) for word in words])))
 
 
-def pictures(said):
-    return [Image.open(picture["path"]) for picture in said["pictures"]]
+def images(said):
+    return [Image.open(image["path"]) for image in said["images"]]
 
 
-def test_generate_writes_a_picture_per_seed_and_prompt_and_a_sheet(capsys):
+def test_generate_writes_an_image_per_seed_and_prompt_and_a_sheet(capsys):
     words = ("generate", "red apple, flat style", "panda", "--count", 2, "--seed", 3, "--sheet", "sheet.png")
     said = drawn(capsys, *words, "--live", "live.png")
-    names = [Path(picture["path"]).name for picture in said["pictures"]]
+    names = [Path(image["path"]).name for image in said["images"]]
     assert names == ["00003-red-apple-flat-style.png", "00004-red-apple-flat-style.png", "00003-panda.png",
                      "00004-panda.png"]  # fmt: skip
-    assert [picture["seed"] for picture in said["pictures"]] == [3, 4, 3, 4]
-    assert all(picture["seconds"] > 0 for picture in said["pictures"])
-    assert said["pictures"][0]["settings"] == read_drawing(said["pictures"][0]["path"]).to_json()
+    assert [image["seed"] for image in said["images"]] == [3, 4, 3, 4]
+    assert all(image["seconds"] > 0 for image in said["images"])
+    assert said["images"][0]["settings"] == read_drawing(said["images"][0]["path"]).to_json()
     assert Image.open(said["sheet"]).size == (128, 128)
     assert Image.open("live.png").size == (48, 48)
-    assert same(Image.open(said["sheet"]).crop((0, 0, 64, 64)), pictures(said)[0])
+    assert same(Image.open(said["sheet"]).crop((0, 0, 64, 64)), images(said)[0])
 
-    # The second picture again, by its seed; nothing is overwritten.
+    # The second image again, by its seed; nothing is overwritten.
     again = drawn(capsys, "generate", "panda", "--seed", 4)
-    assert Path(again["pictures"][0]["path"]).name == "00004-panda-2.png"
-    assert same(pictures(again)[0], pictures(said)[3])
+    assert Path(again["images"][0]["path"]).name == "00004-panda-2.png"
+    assert same(images(again)[0], images(said)[3])
 
 
 def plans(folder):
@@ -118,24 +118,24 @@ def plans(folder):
         pytest.param(("generate", "variation", "outpaint", "reconstruct", "preview"), marks=pytest.mark.slow),
     ],
 )
-def test_a_picture_is_drawn_again_bit_by_bit(capsys, here, names):
+def test_an_image_is_drawn_again_bit_by_bit(capsys, here, names):
     seen = set()
     for name in names:
         words = plans(here)[name]
         said = drawn(capsys, *words, "--seed", 11)
-        first = said["pictures"][0]
+        first = said["images"][0]
         assert str(here) not in Path(first["path"]).read_bytes().decode("latin-1"), name
         status, out, err = run(capsys, words[0], "--from-image", first["path"])
         assert status == 0, err
         again = Image.open(out.split("  ")[0].strip())
-        assert same(again, pictures(said)[0]), name
+        assert same(again, images(said)[0]), name
         seen.add(again.tobytes())
     assert len(seen) == len(names)
 
 
 def test_options_beside_from_image_change_what_they_name(capsys, here):
     words = plans(here)["lora"]
-    path = drawn(capsys, *words)["pictures"][0]["path"]
+    path = drawn(capsys, *words)["images"][0]["path"]
     known = read_drawing(path)
     status, out, _ = run(capsys, "generate", "--from-image", path, "--seed", 5, "--no-lora", "--no-weighted")
     assert status == 0
@@ -148,11 +148,11 @@ def test_options_beside_from_image_change_what_they_name(capsys, here):
 
 
 def test_a_changed_or_missing_file_is_named(capsys, here):
-    path = drawn(capsys, *plans(here)["lora"])["pictures"][0]["path"]
+    path = drawn(capsys, *plans(here)["lora"])["images"][0]["path"]
     make_lora(here / "my_lora.safetensors", seed=1)
     status, _, err = run(capsys, "generate", "--from-image", path)
     assert status == 2
-    assert "lora 'my_lora.safetensors' is not the file that the picture was drawn with" in err
+    assert "lora 'my_lora.safetensors' is not the file that the image was drawn with" in err
     assert run(capsys, "generate", "--from-image", path, "--allow-changed-files")[0] == 0
     (here / "my_lora.safetensors").unlink()
     status, _, err = run(capsys, "generate", "--from-image", path, "--allow-changed-files")
@@ -163,12 +163,12 @@ def test_a_changed_or_missing_file_is_named(capsys, here):
 
 def test_reconstruct_says_how_near_it_is(capsys):
     said = drawn(capsys, "reconstruct", "photo.png", "--sheet", "sheet.png")
-    assert Path(said["pictures"][0]["path"]).name == "00000-photo.png"
-    assert 0 < said["pictures"][0]["psnr"] < 60
+    assert Path(said["images"][0]["path"]).name == "00000-photo.png"
+    assert 0 < said["images"][0]["psnr"] < 60
     assert same(Image.open(said["sheet"]).crop((0, 0, 64, 64)), checkered())
     status, out, _ = run(capsys, "reconstruct", "photo.png", *FAST[2:])
     assert status == 0
-    assert out.strip().endswith(f"PSNR {said['pictures'][0]['psnr']:.1f} dB")
+    assert out.strip().endswith(f"PSNR {said['images'][0]['psnr']:.1f} dB")
 
 
 def test_every_option_reaches_its_setting():
@@ -205,7 +205,7 @@ def test_prompts_come_from_a_file(here):
 
 def test_mistakes_are_one_line_before_the_model_is_loaded(capsys, here):
     (here / "empty.txt").write_text("\n \n")
-    (here / "text.png").write_text("no picture")
+    (here / "text.png").write_text("this is no image")
     (here / "cut.png").write_bytes((here / "photo.png").read_bytes()[:-60])
     (here / "huge.png").write_bytes(png_of_size(10_000, 10_000))
     (here / "notes.safetensors").write_text("no weights")
@@ -224,31 +224,31 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(capsys, here):
         ("lora 'none' does not exist", "generate", "x", "--lora", "none:0.5"),
         ("'notes.safetensors' is damaged or no safetensors file", "generate", "x", "--lora", "notes.safetensors"),
         ("'text.png' is damaged or no safetensors file", "generate", "x", "--lora", "text.png"),
-        ("'photo.png' is a PNG picture, no weights", "generate", "x", "--lora", "photo.png"),
+        ("'photo.png' is a PNG image, no weights", "generate", "x", "--lora", "photo.png"),
         ("'network.safetensors' is the ControlNet", "generate", "x", "--lora", "network.safetensors"),
         ("has no path before the colon", "generate", "x", "--lora", ":0.5"),
-        ("task img2img needs a picture and none is known", "img2img", "x"),
+        ("task img2img needs an image and none is known", "img2img", "x"),
         ("image 'none.png' does not exist", "img2img", "x", "--image", "none.png"),
-        ("picture 'text.png' is no picture that can be read", "img2img", "x", "--image", "text.png"),
+        ("image 'text.png' is no image that can be read", "img2img", "x", "--image", "text.png"),
         ("is 10000 x 10000, 100 megapixels; at most 64 are read", "img2img", "x", "--image", "huge.png"),
-        ("picture 'cut.png' is damaged", "img2img", "x", "--image", "cut.png"),
+        ("image 'cut.png' is damaged", "img2img", "x", "--image", "cut.png"),
         ("strength 2.0 is not a number from 0 to 1", "img2img", "x", "--image", "photo.png", "--strength", "2"),
         ("task inpaint needs a mask", "inpaint", "x", "--image", "photo.png"),
         ("--outpaint 1,2 is not LEFT,TOP", "inpaint", "x", "--image", "photo.png", "--outpaint", "1,2"),
         ("task control needs a ControlNet", "control", "x"),
         ("no ControlNet; add --controlnet", "control", "x", "--image", "photo.png"),
-        ("has no picture to look at", "control", "x", "--controlnet", "cn"),
+        ("has no image to look at", "control", "x", "--controlnet", "cn"),
         ("controlnet '.' has no config.json", "control", "x", "--controlnet", ".", "--image", "photo.png"),
         ("has 3 channels, its ControlNet takes 1", "control", "x", "--controlnet", "cn", "--image", "photo.png",
          "--filtered"),
         ("wants the filter 'CanyFilter', which is not one of", "control", "x", "--controlnet", "cn", "--image",
          "photo.png", "--filter", "CanyFilter"),
-        ("task variation needs reference pictures", "variation"),
-        ("no picture is given; name FILE", "reconstruct"),
+        ("task variation needs reference images", "variation"),
+        ("no image is given; name FILE", "reconstruct"),
         ("carries no settings", "generate", "--from-image", "photo.png"),
         ("ends in no .png", "generate", "x", "--sheet", "sheet.txt"),
         ("cannot be a folder: it is a file", "generate", "x", "--output", "empty.txt"),
-        ("'new.jpg': pictures are PNG files", "generate", "x", "--output", "new.jpg"),
+        ("'new.jpg': images are PNG files", "generate", "x", "--output", "new.jpg"),
         ("is no folder and no Hub name", "generate", "x", "--model", "nowhere"),
         ("invalid choice: 'euler'", "generate", "x", "--sampler", "euler"),
         ("argument --seed: invalid int value: 'one'", "generate", "x", "--seed", "one"),
@@ -264,8 +264,8 @@ def test_a_lora_of_another_size_names_both(capsys, here):
     )
 
 
-def test_a_picture_with_a_credential_asks_for_it_again(capsys):
-    path = save_picture(Drawn(checkered(), Drawing(prompt="apple with token=abcdef")), "secret.png")
+def test_an_image_with_a_credential_asks_for_it_again(capsys):
+    path = save_image(Drawn(checkered(), Drawing(prompt="apple with token=abcdef")), "secret.png")
     assert b"abcdef" not in path.read_bytes()
     status, _, err = run(capsys, "generate", "--from-image", path)
     assert status == 2
@@ -291,15 +291,15 @@ def test_numbers_behind_a_path(here, text, most, expected):
     assert parse_choice(text, "--lora", most) == expected
 
 
-def test_output_names_the_picture(tmp_path, monkeypatch):
-    """One picture gets the name, several a number each, and none that is there is overwritten."""
+def test_output_names_the_image(tmp_path, monkeypatch):
+    """One image gets the name, several a number each, and none that is there is overwritten."""
     from stable_cascade.cli import drawing_output
 
     def save(drawn, path):
         path.write_text(drawn)
         return path
 
-    monkeypatch.setattr("stable_cascade.drawing.metadata.save_picture", save)
+    monkeypatch.setattr("stable_cascade.drawing.metadata.save_image", save)
     wanted = tmp_path / "deep/apple.png"
     drawing_output.check_targets({"output": wanted})
     assert drawing_output.new_path(wanted, "a", None) == wanted

@@ -22,7 +22,7 @@ from tests.trainer_runs import (
     trainer_main,
     write_cascade,
     write_config,
-    write_pictures,
+    write_images,
 )
 
 SQUARE, TALL, WIDE = (12, 12), (16, 8), (8, 16)
@@ -46,7 +46,7 @@ def fresh():
 def cascade(tmp_path_factory):
     """A tiny cascade without dropout, whose masks inductor draws in its own way."""
     folder = write_cascade(tmp_path_factory.mktemp("cascade"), dropout=0.0)
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -74,7 +74,7 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def test_one_graph_per_kind_of_block_whatever_the_picture_and_batch(monkeypatch):
+def test_one_graph_per_kind_of_block_whatever_the_image_and_batch(monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "eager")
     plain, network = (tiny_prior(dropout=0.0).requires_grad_(True).train() for _ in range(2))
     assert compilation.compile_blocks(network) == [""]
@@ -84,7 +84,7 @@ def test_one_graph_per_kind_of_block_whatever_the_picture_and_batch(monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_single_picture_is_a_family_of_its_own(monkeypatch):
+def test_a_single_image_is_a_family_of_its_own(monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     plain, network = (tiny_prior(dropout=0.0).requires_grad_(True).train() for _ in range(2))
     compilation.compile_blocks(network)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from stable_cascade import StableCascadeSemanticEncoder
-from stable_cascade.controls import check_filter, control_picture, make_filter
+from stable_cascade.controls import check_filter, make_filter, view_control
 from stable_cascade.diffusion.noise import sample_generators
 from tests.tiny_cascade import ENCODER, seeded
 
@@ -25,9 +25,9 @@ def photograph(name: str, side: int = SIDE) -> torch.Tensor:
     """A photograph that scikit-image ships, (1, 3, side, side)."""
     from skimage import data
 
-    picture = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
-    shorter = min(picture.shape[-2:])
-    return F.interpolate(picture[..., :shorter, :shorter], size=side, mode="bilinear", antialias=True).clamp(0, 1)
+    image = torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)[None].float() / 255
+    shorter = min(image.shape[-2:])
+    return F.interpolate(image[..., :shorter, :shorter], size=side, mode="bilinear", antialias=True).clamp(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def image_encoder():
     return lambda pixels: encoder(pixels)
 
 
-def darken(picture, **options):
-    """A processor with the interface of controlnet_aux: PIL picture in, PIL picture out."""
-    return picture.point(lambda level: level // 2)
+def darken(image, **options):
+    """A processor with the interface of controlnet_aux: PIL image in, PIL image out."""
+    return image.point(lambda level: level // 2)
 
 
-# Small pictures: the cascade is what takes the time here.
+# Small images: the cascade is what takes the time here.
 FACES = {"embedder": "cascade", "embedder_params": {"side": 160}, "p_drop": 0.5, "p_full": 0.5}
 # name -> (parameters, channels, what the sides are divided by, draws)
 FILTERS = {
@@ -114,21 +114,21 @@ def test_a_sample_depends_on_its_own_generator_alone(name, filters, photographs)
 
 @pytest.mark.parametrize("name", [name for name, values in FILTERS.items() if values[3]])
 def test_other_generators_give_other_controls(name, filters, photographs):
-    picture = photographs[:1]
-    results = [filters[name](picture, generators([seed])) for seed in range(6)]
+    image = photographs[:1]
+    results = [filters[name](image, generators([seed])) for seed in range(6)]
     assert any(not torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("name", [name for name in FILTERS if name not in ("IdentityFilter", "SREffnetFilter")])
 def test_sides_that_fit_nothing_and_half_precision(name, filters):
-    picture = photograph("coffee", 160)[..., :101, :].half()
-    control = filters[name](picture, generators([3]))
+    image = photograph("coffee", 160)[..., :101, :].half()
+    control = filters[name](image, generators([3]))
     assert control.shape[-2:] == (101, 160)
     assert control.dtype == torch.float32
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
-def test_even_pictures(level, filters):
+def test_even_images(level, filters):
     even = torch.full((1, 3, 96, 96), level)
     assert filters["CannyFilter"](even).max() == 0
     assert filters["SoftEdgeFilter"](even).max() < 1e-5
@@ -141,7 +141,7 @@ def test_even_pictures(level, filters):
     assert 0.2 < masked[:, 3].mean() < 0.3, "nothing is salient: a box of half the sides"
 
 
-def test_flipping_the_picture_flips_soft_edges_and_blobs(filters, photographs):
+def test_flipping_the_image_flips_soft_edges_and_blobs(filters, photographs):
     for name, tolerance in (("SoftEdgeFilter", 1e-4), ("QRFilter", 0.01)):
         flipped = filters[name](photographs.flip(-1)).flip(-1)
         assert (flipped - filters[name](photographs)).abs().mean() < tolerance, name
@@ -152,16 +152,16 @@ def test_flipping_the_picture_flips_soft_edges_and_blobs(filters, photographs):
 
 def test_canny_is_opencv_at_224_with_the_originals_thresholds(filters, photographs):
     small = F.interpolate(photographs, size=(224, 224), mode="bilinear")
-    levels = [(picture * 255).permute(1, 2, 0).byte().numpy().copy() for picture in small]
+    levels = [(image * 255).permute(1, 2, 0).byte().numpy().copy() for image in small]
     edges = torch.stack([torch.from_numpy(cv2.Canny(level, 100, 200)) for level in levels])[:, None] / 255
     expected = F.interpolate(edges, size=(SIDE, SIDE), mode="bilinear")
     assert torch.equal(filters["CannyFilter"](photographs), expected)
 
 
 def test_canny_finds_the_outline_of_a_square():
-    picture = torch.zeros(1, 3, 64, 64)
-    picture[..., 16:48, 16:48] = 1
-    edges = make_filter("CannyFilter", {"resize": None})(picture)[0, 0]
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 16:48, 16:48] = 1
+    edges = make_filter("CannyFilter", {"resize": None})(image)[0, 0]
     rows, columns = edges.nonzero(as_tuple=True)
     assert edges.unique().tolist() == [0, 1]
     assert 110 < len(rows) < 130, "four sides of 32"
@@ -174,10 +174,10 @@ def test_canny_finds_the_outline_of_a_square():
 
 def test_soft_edges_are_strongest_at_the_outline_and_ignore_faint_noise():
     generator = torch.Generator().manual_seed(0)
-    picture = 0.2 + 0.01 * torch.rand(1, 3, 96, 96, generator=generator)
-    assert make_filter("SoftEdgeFilter")(picture).max() < 0.25
-    picture[..., 48:] += 0.6
-    edges = make_filter("SoftEdgeFilter", {"resize": None})(picture)[0, 0]
+    image = 0.2 + 0.01 * torch.rand(1, 3, 96, 96, generator=generator)
+    assert make_filter("SoftEdgeFilter")(image).max() < 0.25
+    image[..., 48:] += 0.6
+    edges = make_filter("SoftEdgeFilter", {"resize": None})(image)[0, 0]
     assert edges[:, 46:50].amin(dim=0).max() > 0.9
     assert edges[:, :40].max() < 0.1
     assert edges[:, 56:].max() < 0.1
@@ -194,15 +194,15 @@ def test_dilation_thickens_and_binarising_leaves_two_values(photographs):
 # QR
 
 
-def test_a_qr_picture_keeps_its_modules():
+def test_a_qr_image_keeps_its_modules():
     modules = (torch.rand(25, 25, generator=torch.Generator().manual_seed(5)) > 0.5).float()
     bordered = F.pad(modules, (4, 4, 4, 4), value=1.0)
-    picture = F.interpolate(bordered[None, None], scale_factor=12).expand(1, 3, -1, -1)
-    control = make_filter("QRFilter")(picture)[0, 0]
+    image = F.interpolate(bordered[None, None], scale_factor=12).expand(1, 3, -1, -1)
+    control = make_filter("QRFilter")(image)[0, 0]
     assert torch.equal(control[6::12, 6::12], bordered)
 
 
-def test_blobs_are_each_pictures_own_thirds(filters, photographs):
+def test_blobs_are_each_images_own_thirds(filters, photographs):
     controls = filters["QRFilter"](photographs)
     brightness = photographs.amax(dim=1)
     for control, bright in zip(controls[:, 0], brightness, strict=True):
@@ -215,11 +215,11 @@ def test_blobs_are_each_pictures_own_thirds(filters, photographs):
 # Inpainting
 
 
-def test_masked_areas_are_white_and_the_rest_is_the_picture(filters, photographs):
+def test_masked_areas_are_white_and_the_rest_is_the_image(filters, photographs):
     control = filters["InpaintFilter"](photographs, generators())
-    picture, mask = control[:, :3], control[:, 3:]
+    image, mask = control[:, :3], control[:, 3:]
     assert mask.unique().tolist() == [0, 1]
-    assert torch.equal(picture, torch.where(mask > 0.5, 1.0, photographs))
+    assert torch.equal(image, torch.where(mask > 0.5, 1.0, photographs))
 
 
 def test_masks_of_ones_own(filters, photographs):
@@ -251,8 +251,8 @@ def test_lower_thresholds_mask_more_and_both_spellings_are_one(photographs):
 def test_outpainting_masks_the_rest_as_often_as_it_is_asked_to(p_saliency, photographs):
     def masks(p_outpaint, seeds, side):
         values = {"p_outpaint": p_outpaint, "p_saliency": p_saliency, "p_strokes": 0}
-        pictures = F.interpolate(photographs[:1], size=side).expand(len(seeds), -1, -1, -1)
-        return make_filter("InpaintFilter", values)(pictures, generators(seeds))[:, 3]
+        images = F.interpolate(photographs[:1], size=side).expand(len(seeds), -1, -1, -1)
+        return make_filter("InpaintFilter", values)(images, generators(seeds))[:, 3]
 
     seeds, side = range(12 if p_saliency else 200), 48
     inside, outside, mixed = (masks(p, seeds, side) for p in (0.0, 1.0, 0.4))
@@ -285,14 +285,14 @@ def test_a_saliency_that_opencv_lacks_is_an_error_with_a_remedy(monkeypatch, pho
 # Super resolution
 
 
-def test_semantic_latents_of_the_shrunk_picture_enlarged(photographs):
+def test_semantic_latents_of_the_shrunk_image_enlarged(photographs):
     encode = image_encoder()
     control = make_filter("SREffnetFilter", {"scale_factor": 0.5}, encode=encode)(photographs)
     small = encode(photographs[:, :, ::2, ::2])
     assert torch.equal(control, small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).detach())
 
 
-def test_a_picture_enlarged_by_hand_is_the_small_picture_again(filters):
+def test_an_image_enlarged_by_hand_is_the_small_image_again(filters):
     small = photograph("coffee", 48)
     enlarged = F.interpolate(small, scale_factor=4, mode="nearest")
     assert torch.equal(filters["SRPixelFilter"](enlarged), enlarged)
@@ -305,30 +305,30 @@ def test_super_resolution_without_an_encoder_says_so():
         check_filter(control_filter)
 
 
-# Pictures of control images
+# Images of control images
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_every_control_image_has_a_picture(name, filters, photographs):
+def test_every_control_image_has_an_image(name, filters, photographs):
     control = filters[name](photographs)
-    picture = control_picture(control)
-    assert picture.shape == (3, 3, *control.shape[-2:])
-    assert picture.min() >= 0
-    assert picture.max() <= 1
+    image = view_control(control)
+    assert image.shape == (3, 3, *control.shape[-2:])
+    assert image.min() >= 0
+    assert image.max() <= 1
     if control.shape[1] == 3:
-        assert torch.equal(picture, control)
-    assert picture[0].std() > 0.01
+        assert torch.equal(image, control)
+    assert image[0].std() > 0.01
 
 
-def test_pictures_of_masks_and_of_nothing():
+def test_images_of_masks_and_of_nothing():
     masked = torch.ones(1, 4, 8, 8)
     masked[:, 3, :4] = 0
-    picture = control_picture(masked)
-    assert torch.all(picture[:, :, :4] == 1)
-    assert not torch.allclose(picture[:, 0, 4:], picture[:, 1, 4:]), "the mask is tinted"
-    assert torch.all(control_picture(torch.zeros(1, 512, 4, 4)) == 0.5)
+    image = view_control(masked)
+    assert torch.all(image[:, :, :4] == 1)
+    assert not torch.allclose(image[:, 0, 4:], image[:, 1, 4:]), "the mask is tinted"
+    assert torch.all(view_control(torch.zeros(1, 512, 4, 4)) == 0.5)
     with pytest.raises(ValueError, match="batch, channels, height, width"):
-        control_picture(torch.zeros(3, 8, 8))
+        view_control(torch.zeros(3, 8, 8))
 
 
 def test_importing_controls_loads_no_extra():
@@ -343,7 +343,7 @@ def test_importing_controls_loads_no_extra():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_controls_lie_on_the_pictures_device(filters, photographs):
+def test_controls_lie_on_the_images_device(filters, photographs):
     for name in set(FILTERS) - {"SREffnetFilter"}:
         control = filters[name](photographs.cuda(), generators())
         assert control.is_cuda, name

@@ -24,7 +24,7 @@ def astronaut() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def two_faces(astronaut) -> torch.Tensor:
-    """The photograph on the left, its mirror picture, smaller, on the right."""
+    """The photograph on the left, its mirror image, smaller, on the right."""
     canvas = torch.full((3, 384, 768), 0.5)
     canvas[:, :, :384] = F.interpolate(astronaut[None], size=384, mode="bilinear", antialias=True)[0]
     canvas[:, :320, 448:] = F.interpolate(astronaut.flip(-1)[None], size=320, mode="bilinear", antialias=True)[0]
@@ -44,7 +44,7 @@ class FixedFaces:
     def __init__(self, boxes):
         self.boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
-    def __call__(self, picture):
+    def __call__(self, image):
         return self.boxes, torch.eye(512)[: len(self.boxes)]
 
 
@@ -54,8 +54,8 @@ def overlap(first, second) -> float:
     return float(sides[0] / (sides[1] + sides[2] - sides[0]))
 
 
-def only_face(embedder, picture) -> torch.Tensor:
-    boxes, vectors = embedder(picture)
+def only_face(embedder, image) -> torch.Tensor:
+    boxes, vectors = embedder(image)
     assert len(boxes) == 1
     return vectors[0]
 
@@ -70,7 +70,7 @@ def test_the_face_of_a_photograph_is_found(embedder, astronaut):
     torch.testing.assert_close(embedder(astronaut)[1], vectors, rtol=0, atol=0)
 
 
-def test_a_picture_without_faces_has_none(embedder):
+def test_an_image_without_faces_has_none(embedder):
     from skimage import data
 
     coffee = torch.from_numpy(data.coffee().copy()).permute(2, 0, 1).float() / 255
@@ -85,12 +85,12 @@ def test_one_shot_stays_close_and_other_people_do_not(embedder, astronaut):
     own = only_face(embedder, astronaut)
     enlarged = F.interpolate(astronaut[None], size=768, mode="bilinear", antialias=True)[0]
     changed = [enlarged, astronaut * 0.6, astronaut.roll((20, -30), (1, 2)), (astronaut - 0.5) * 0.7 + 0.5]
-    assert min(float(own @ only_face(embedder, picture)) for picture in changed) > 0.8
+    assert min(float(own @ only_face(embedder, image)) for image in changed) > 0.8
     similar, crops = [], torch.from_numpy(data.lfw_subset()[:8]).float()  # faces of Labeled Faces in the Wild
     for crop in F.interpolate(crops[:, None], size=120, mode="bicubic").clamp(0, 1):
-        picture = torch.full((3, 200, 200), 0.5)
-        picture[:, 40:160, 40:160] = crop
-        similar += [float(own @ vector) for vector in embedder(picture)[1]]
+        image = torch.full((3, 200, 200), 0.5)
+        image[:, 40:160, 40:160] = crop
+        similar += [float(own @ vector) for vector in embedder(image)[1]]
     assert len(similar) >= 6
     assert max(similar) < 0.6
 
@@ -118,16 +118,16 @@ def test_at_most_max_faces_the_largest_first(two_faces):
 
 def test_faces_are_dropped_as_often_as_asked_and_never_without_generators():
     control_filter = make_filter("IdentityFilter", {"embedder": FixedFaces([[0, 0, 64, 64], [96, 96, 128, 128]])})
-    pictures = torch.zeros(300, 3, 128, 128)
+    images = torch.zeros(300, 3, 128, 128)
     control_filter.p_drop = 0.3
-    control = control_filter(pictures, sample_generators(range(300), "control"))
+    control = control_filter(images, sample_generators(range(300), "control"))
     first, second = control[:, 0, 0, 0], control[:, 1, 3, 3]
     assert 0.2 < 1 - first.mean() < 0.4
     assert 0.2 < 1 - second.mean() < 0.4
-    assert torch.all(control_filter(pictures[:20])[:, 0, 0, 0] == 1)
+    assert torch.all(control_filter(images[:20])[:, 0, 0, 0] == 1)
 
 
-def test_an_only_face_may_cover_the_whole_picture_and_one_of_two_never():
+def test_an_only_face_may_cover_the_whole_image_and_one_of_two_never():
     generators = sample_generators(range(200), "control")
     params = {"p_drop": 0.0, "p_full": 0.3}
     one = make_filter("IdentityFilter", {**params, "embedder": FixedFaces([[0, 0, 32, 32]])})

@@ -136,7 +136,7 @@ def test_refusals_before_anything_is_loaded(name, params, message):
     "name, message",
     [
         ("WrongCount", r"WrongCount gave \(1, 1, 64, 64\); expected \(1, 2, h, w\)"),
-        ("Failing", r"Failing failed on a grey picture: RuntimeError: out of ink"),
+        ("Failing", r"Failing failed on a grey image: RuntimeError: out of ink"),
         ("NoTensor", r"NoTensor gave NoneType; expected \(1, 1, h, w\)"),
     ],
 )
@@ -153,12 +153,12 @@ def test_own_class_by_module_and_the_encoder_where_it_asks_for_one():
     assert make_filter(f"{HERE}:Latents", {"gain": 2}, encode=encode).encode is encode
 
 
-def test_wrong_pictures_and_generators_are_refused():
+def test_wrong_images_and_generators_are_refused():
     control_filter = make_filter("QRFilter")
     for pixels in (torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "x"):
-        with pytest.raises(ValueError, match=r"RGB pictures \(batch, 3, height, width\)"):
+        with pytest.raises(ValueError, match=r"RGB images \(batch, 3, height, width\)"):
             control_filter(pixels)
-    with pytest.raises(ValueError, match="1 generators for 2 pictures"):
+    with pytest.raises(ValueError, match="1 generators for 2 images"):
         control_filter(torch.zeros(2, 3, 8, 8), [torch.Generator()])
     with pytest.raises(ValueError, match=r"masks has shape \(1, 1, 4, 4\); expected \(2, 1, 8, 8\)"):
         make_filter("InpaintFilter")(torch.zeros(2, 3, 8, 8), masks=torch.zeros(1, 1, 4, 4))
@@ -220,9 +220,9 @@ class Processor:
         self.device = device
         return self
 
-    def __call__(self, picture, detect_resolution=512, image_resolution=512, output_type="pil", gain=1, **options):
-        self.calls.append((picture.size, detect_resolution, image_resolution, output_type, gain))
-        grey = picture.convert("L").resize((picture.width // 2, picture.height // 2))
+    def __call__(self, image, detect_resolution=512, image_resolution=512, output_type="pil", gain=1, **options):
+        self.calls.append((image.size, detect_resolution, image_resolution, output_type, gain))
+        grey = image.convert("L").resize((image.width // 2, image.height // 2))
         return grey.point(lambda level: min(255, level * gain))
 
 
@@ -263,11 +263,11 @@ def test_without_controlnet_aux_the_error_names_the_extra(monkeypatch):
         check_filter(make_filter("ControlNetAuxFilter", {"processor": "HEDdetector"}))
 
 
-def test_a_processor_that_returns_no_picture_is_refused():
-    def floats(picture, **options):
+def test_a_processor_that_returns_no_image_is_refused():
+    def floats(image, **options):
         return torch.zeros(4, 4).numpy()
 
-    with pytest.raises(ValueError, match=r"function returned \(4, 4, 3\) float32; expected a picture of 8-bit levels"):
+    with pytest.raises(ValueError, match=r"function returned \(4, 4, 3\) float32; expected an image of 8-bit levels"):
         check_filter(make_filter("ControlNetAuxFilter", {"processor": floats}))
 
 

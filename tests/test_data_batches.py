@@ -17,7 +17,7 @@ from stable_cascade.data import Batch, SampleIndex, index_samples, training_batc
 from stable_cascade.data.buckets import make_buckets
 from stable_cascade.data.images import in_unit_range
 from stable_cascade.data.plan import Order, global_batches
-from tests.making_shards import encoded, picture, undecodable, write_shard, write_tar
+from tests.making_shards import encoded, image, undecodable, write_shard, write_tar
 
 SETTINGS = {"image_size": 32, "batch_size": 8, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
 
@@ -109,7 +109,7 @@ def test_global_generators_are_left_alone(samples):
 
 
 def test_skipping_decodes_nothing(tmp_path, caplog):
-    """Every picture that only the skipped steps use is destroyed: nobody notices until it is decoded."""
+    """Every image that only the skipped steps use is destroyed: nobody notices until it is decoded."""
     path = write_shard(tmp_path / "a.tar", 60)
     samples = index_samples(str(path), cache_dir=str(tmp_path / "cache"), max_broken_share=1)
     buckets = make_buckets(32, SETTINGS["multi_aspect_ratio"], factor=8)
@@ -133,7 +133,7 @@ def test_skipping_decodes_nothing(tmp_path, caplog):
 def broken_shard(folder, good: int, broken: int) -> str:
     members: dict[str, bytes | str] = {}
     for i in range(good + broken):
-        members[f"{i:03}.png"] = picture(32, 32, seed=i) if i < good else undecodable(32, 32, seed=i)
+        members[f"{i:03}.png"] = image(32, 32, seed=i) if i < good else undecodable(32, 32, seed=i)
         members[f"{i:03}.txt"] = f"{i}"
     return str(write_tar(folder / "a.tar", members))
 
@@ -201,15 +201,15 @@ def test_set_smaller_than_a_batch(tmp_path):
 
 
 def test_pixels_as_stored_are_the_same_pixels(samples, tmp_path):
-    """Bytes, a quarter of the floats; floats for a whole batch where one picture has transparency."""
+    """Bytes, a quarter of the floats; floats for a whole batch where one image has transparency."""
     floats, stored = take(samples, 4), take(samples, 4, as_stored=True)
     for one, other in zip(floats, stored, strict=True):
         assert other.pixels.dtype == torch.uint8
         assert torch.equal(one.pixels, in_unit_range(other.pixels))
     members: dict[str, bytes | str] = {}
     for i in range(8):
-        image = Image.open(io.BytesIO(picture(32, 32, seed=i))).convert("RGBA" if i == 3 else "RGB")
-        members |= {f"{i}.png": encoded(image), f"{i}.txt": f"{i}"}
+        opened = Image.open(io.BytesIO(image(32, 32, seed=i))).convert("RGBA" if i == 3 else "RGB")
+        members |= {f"{i}.png": encoded(opened), f"{i}.txt": f"{i}"}
     mixed = index_samples(str(write_tar(tmp_path / "a.tar", members)), cache_dir=str(tmp_path / "cache"))
     settings = {"multi_aspect_ratio": None, "crop": "center"}
     (one,), (other,) = take(mixed, 1, **settings), take(mixed, 1, as_stored=True, **settings)

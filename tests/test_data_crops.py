@@ -23,7 +23,7 @@ from stable_cascade.data import (
     with_regularization,
 )
 from stable_cascade.data.samples import content_hash
-from tests.making_shards import encoded, picture, undecodable, write_shard, write_tar
+from tests.making_shards import encoded, image, undecodable, write_shard, write_tar
 
 PLAN = {"image_size": 32, "batch_size": 8, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
 
@@ -79,19 +79,19 @@ def test_fresh_crops_have_fresh_identities(samples):
     assert [batch.identities for batch in take(samples, 5)] == [batch.identities for batch in batches[:5]]
 
 
-def test_crops_differ_between_numbers_pictures_and_seeds(samples):
-    """Two crops of one picture are two windows, not one; another seed has others."""
+def test_crops_differ_between_numbers_images_and_seeds(samples):
+    """Two crops of one image are two windows, not one; another seed has others."""
     found = by_identity(take(samples, 120, crops_per_image=8, multi_aspect_ratio=None))
     windows: dict[str, set[bytes]] = {}
     for identity, shown in found.items():
         windows.setdefault(identity.split(" ")[0], set()).add(shown[0].numpy().tobytes())
     wide = [len(kinds) for kinds in windows.values()]
-    assert max(wide) >= 5, "a 40 x 30 picture has 11 places, and 8 draws of them"
+    assert max(wide) >= 5, "a 40 x 30 image has 11 places, and 8 draws of them"
     other = by_identity(take(samples, 120, crops_per_image=8, multi_aspect_ratio=None, seed=4))
     assert not set(found) & set(other)
 
 
-def test_identities_survive_a_move_and_see_a_changed_picture(tmp_path):
+def test_identities_survive_a_move_and_see_a_changed_image(tmp_path):
     first = indexed(write_shard(tmp_path / "a" / "0.tar", 9))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     moved = indexed(tmp_path / "b" / "0.tar")
@@ -99,7 +99,7 @@ def test_identities_survive_a_move_and_see_a_changed_picture(tmp_path):
     assert shown == {name for batch in take(moved, 8, crops_per_image=2) for name in batch.identities}
     members: dict[str, bytes | str] = {}
     for i in range(9):
-        members[f"{i:04}.png"] = picture(*((40, 30), (30, 40), (36, 36))[i % 3], seed=i if i != 4 else 99)
+        members[f"{i:04}.png"] = image(*((40, 30), (30, 40), (36, 36))[i % 3], seed=i if i != 4 else 99)
         members[f"{i:04}.txt"] = f"caption {i}\n"
     changed = indexed(write_tar(tmp_path / "c" / "0.tar", members))
     different = {name for batch in take(changed, 8, crops_per_image=2) for name in batch.identities} - shown
@@ -118,7 +118,7 @@ def assert_same_names(first: Batch, second: Batch) -> None:
 
 
 @pytest.mark.parametrize("crops", [None, 2])
-def test_undecoded_batches_are_the_same_without_pictures(samples, crops):
+def test_undecoded_batches_are_the_same_without_images(samples, crops):
     part = {"crops_per_image": crops, "num_processes": 2, "process_index": 1, "grad_accum_steps": 2, "start_step": 3}
     for live, named in zip(take(samples, 9, **part), take(samples, 9, decode=False, **part), strict=True):
         assert named.pixels is None
@@ -126,7 +126,7 @@ def test_undecoded_batches_are_the_same_without_pictures(samples, crops):
         assert_same_names(live, named)
 
 
-def test_naming_needs_no_picture_bytes(tmp_path):
+def test_naming_needs_no_image_bytes(tmp_path):
     path = write_shard(tmp_path / "0.tar", 9)
     samples = indexed(path)
     expected = take(samples, 4, decode=False)
@@ -162,10 +162,10 @@ def test_planned_crops_are_what_training_shows(samples):
     assert len(planned_crops(samples, steps=30, **PLAN)) == 240, "fresh crops are all distinct"
 
 
-def test_plan_with_broken_pictures(tmp_path):
+def test_plan_with_broken_images(tmp_path):
     members: dict[str, bytes | str] = {}
     for i in range(40):
-        members[f"{i:03}.png"] = picture(40, 32, seed=i) if i < 38 else undecodable(40, 32, seed=i)
+        members[f"{i:03}.png"] = image(40, 32, seed=i) if i < 38 else undecodable(40, 32, seed=i)
         members[f"{i:03}.txt"] = f"{i}"
     samples = indexed(write_tar(tmp_path / "a.tar", members))
     settings = {**PLAN, "multi_aspect_ratio": None}
@@ -191,7 +191,7 @@ def test_plan_refusals(samples, options):
 
 
 def mask_of(width: int, height: int) -> Image.Image:
-    """White where the picture is drawn red, on the left."""
+    """White where the image is drawn red, on the left."""
     array = np.zeros((height, width), np.uint8)
     array[:, : width // 2] = 255
     return Image.fromarray(array)
@@ -216,7 +216,7 @@ def masked_shard(folder, *, count: int = 12, kind: str = "png"):
 
 
 @pytest.mark.parametrize("crop", ["random", "center", "smart"])
-def test_masks_are_cropped_with_the_picture(tmp_path, crop):
+def test_masks_are_cropped_with_the_image(tmp_path, crop):
     samples = indexed(masked_shard(tmp_path), masks=True)
     assert samples.report.masked == 9
     batches = take(samples, 9, crop=crop)
@@ -249,7 +249,7 @@ def test_masks_that_nobody_has_or_can_read(tmp_path):
         indexed(write_shard(tmp_path / "x" / "0.tar", 3), masks=True)
     members: dict[str, bytes | str] = {}
     for i in range(20):
-        members |= {f"{i:02}.png": picture(seed=i), f"{i:02}.txt": "x", f"{i:02}.mask.png": encoded(mask_of(40, 30))}
+        members |= {f"{i:02}.png": image(seed=i), f"{i:02}.txt": "x", f"{i:02}.mask.png": encoded(mask_of(40, 30))}
     members["07.mask.png"] = undecodable()
     samples = indexed(write_tar(tmp_path / "y" / "0.tar", members), masks=True)
     batches = take(samples, 5)
@@ -282,7 +282,7 @@ def test_regularization_share_weight_and_names(joined, samples):
 
 
 def test_regularization_keeps_the_epochs_of_both(joined):
-    """Each set is shown whole before any of its pictures comes again; the main set in its usual order."""
+    """Each set is shown whole before any of its images comes again; the main set in its usual order."""
     keys = [key for batch in take(joined, 25, batch_size=4, multi_aspect_ratio=None) for key in batch.keys]
     other = [key for key in keys if key.startswith("regularization/")]
     main = [key for key in keys if not key.startswith("regularization/")]
@@ -308,10 +308,10 @@ def test_regularization_over_processes_workers_and_masks(tmp_path, joined):
             assert (mask == 1).all() == (key.startswith("regularization") or int(key[-3:]) % 4 == 3)
 
 
-def test_a_broken_regularization_picture_is_replaced_by_another(tmp_path, samples):
+def test_a_broken_regularization_image_is_replaced_by_another(tmp_path, samples):
     members: dict[str, bytes | str] = {}
     for i in range(6):
-        members |= {f"{i}.png": picture(36, 36, seed=i) if i else undecodable(36, 36), f"{i}.txt": "x"}
+        members |= {f"{i}.png": image(36, 36, seed=i) if i else undecodable(36, 36), f"{i}.txt": "x"}
     other = indexed(write_tar(tmp_path / "1.tar", members))
     joined = with_regularization(replace(samples, max_broken_share=1), other, 0.5, 0.5)
     for batch in take(joined, 12):

@@ -1,4 +1,4 @@
-"""Tars and picture headers read by our own readers: equal to tarfile and Pillow, and strict about damage."""
+"""Tars and image headers read by our own readers: equal to tarfile and Pillow, and strict about damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stable_cascade.data.image_headers import plain_size
 from stable_cascade.data.images import image_size
 from stable_cascade.data.retries import ShardFailure
 from stable_cascade.data.tars import tar_members
-from tests.making_shards import encoded, picture, undecodable, write_shard, write_tar
+from tests.making_shards import encoded, image, undecodable, write_shard, write_tar
 
 LONG = "a/" * 40 + "folder-" * 10 + "/" + "n" * 90
 NAMES = ("0.png", "dir/1.png", LONG + ".png", "snö/日本.png", "f" * 99 + ".png", "p" * 60 + "/" + "q" * 90 + ".txt")
@@ -55,7 +55,7 @@ def test_binary_sizes():
 
 def test_every_damaged_header_byte_is_seen(tmp_path):
     content = bytearray(write_shard(tmp_path / "a.tar", 2).read_bytes())
-    header = 512 + -(-len(picture(40, 30)) // 512) * 512
+    header = 512 + -(-len(image(40, 30)) // 512) * 512
     for byte in range(512):
         if byte == 155:  # the filler behind the checksum
             continue
@@ -136,14 +136,14 @@ def test_a_shard_truncated_while_training(tmp_path, caplog, workers):
         assert f"broken sample replaced: 07.tar/{i:04}: shard '{path}' ends early" in caplog.text
 
 
-def test_corrupt_pictures_of_every_kind(tmp_path, caplog):
+def test_corrupt_images_of_every_kind(tmp_path, caplog):
     """Damaged in the header: left out of the index. Damaged in the pixels: replaced. Both are named."""
     members: dict[str, bytes | str] = {}
-    jpeg = picture(64, 64, kind="JPEG", quality=95)
+    jpeg = image(64, 64, kind="JPEG", quality=95)
     bad = {"header.png": b"\x89PNG\r\n\x1a\n" + bytes(40), "empty.jpg": b"", "cut.jpg": jpeg[: len(jpeg) // 2]}
-    bad |= {"zeros.png": undecodable()[:60] + bytes(60), "text.webp": b"no picture at all"}
+    bad |= {"zeros.png": undecodable()[:60] + bytes(60), "text.webp": b"no image at all"}
     for i in range(60):
-        members |= {f"{i:02}.png": picture(seed=i), f"{i:02}.txt": "fine"}
+        members |= {f"{i:02}.png": image(seed=i), f"{i:02}.txt": "fine"}
     for name, data in bad.items():
         members |= {name: data, f"{name.split('.')[0]}.txt": "broken"}
     with caplog.at_level(logging.WARNING):

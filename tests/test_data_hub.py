@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stable_cascade.data import SampleStream, index_samples, planned_crops, training_batches, with_regularization
-from tests.making_shards import picture, undecodable
+from tests.making_shards import image, undecodable
 
 SIZES = ((40, 30), (30, 40), (36, 36))
 SETTINGS = {"image_size": 32, "batch_size": 4, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
@@ -24,7 +24,7 @@ def caches(tmp_path, monkeypatch):
 
 def saved(tmp_path, *, bad: int | None = None, rows: int = 18) -> str:
     """A folder written by save_to_disk."""
-    content = [picture(*SIZES[i % 3], seed=i) if i != bad else undecodable() for i in range(rows)]
+    content = [image(*SIZES[i % 3], seed=i) if i != bad else undecodable() for i in range(rows)]
     columns = {"image": content, "text": [f"caption {i}" for i in range(rows)], "score": list(range(rows))}
     columns["image"] = [{"bytes": data, "path": None} for data in columns["image"]]
     features = datasets.Features(
@@ -42,7 +42,7 @@ def test_saved_dataset(tmp_path):
     samples = index_samples(dataset_name=saved(tmp_path))
     assert len(samples) == 18
     assert samples.key(4) == "saved/4"
-    assert samples.read(4) == (picture(30, 40, seed=4), "caption 4")
+    assert samples.read(4) == (image(30, 40, seed=4), "caption 4")
     assert samples.widths.tolist()[:3] == [40, 30, 36]
     first, second = take(samples, 5), take(samples, 5, num_workers=1)
     assert [b.keys for b in first] == [b.keys for b in second]
@@ -61,7 +61,7 @@ def test_filters_over_columns(tmp_path):
 def test_image_folder(tmp_path):
     for i in range(3):
         (tmp_path / "set").mkdir(exist_ok=True)
-        (tmp_path / "set" / f"{i}.png").write_bytes(picture(seed=i))
+        (tmp_path / "set" / f"{i}.png").write_bytes(image(seed=i))
     rows = [{"file_name": f"{i}.png", "text": [f"caption {i}", "other"]} for i in range(3)]
     (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     samples = index_samples(dataset_name=str(tmp_path / "set"))
@@ -137,8 +137,8 @@ def test_broken_rows_are_left_out_or_replaced(tmp_path):
 def masked(tmp_path) -> str:
     rows = 12
     columns = {
-        "image": [{"bytes": picture(*SIZES[i % 3], seed=i), "path": None} for i in range(rows)],
-        "mask": [{"bytes": picture(*SIZES[i % 3], seed=50), "path": None} if i % 2 else None for i in range(rows)],
+        "image": [{"bytes": image(*SIZES[i % 3], seed=i), "path": None} for i in range(rows)],
+        "mask": [{"bytes": image(*SIZES[i % 3], seed=50), "path": None} if i % 2 else None for i in range(rows)],
         "text": [f"caption {i}" if i else None for i in range(rows)],
     }
     features = datasets.Features(

@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes the same upright RGB pixels."""
+"""Every kind of image file becomes the same upright RGB pixels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from stable_cascade.data.crops import SMART_SHARE, crop_to
-from stable_cascade.data.decoding import fit_picture
+from stable_cascade.data.decoding import fit_image
 from stable_cascade.data.images import decode_image, decode_stored, image_size, resize_to, resize_to_cover
-from tests.making_shards import encoded, picture, undecodable
+from tests.making_shards import encoded, image, undecodable
 
 WIDTH, HEIGHT = 24, 16
 
@@ -60,7 +60,7 @@ def test_modes(mode, kind, tolerance):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation(orientation, kind):
-    """The stored picture is turned so that the orientation tag turns it back."""
+    """The stored image is turned so that the orientation tag turns it back."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     upright = gradient()
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
@@ -103,11 +103,11 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
 
 
 def test_broken_files():
-    for data in (b"", b"no picture", picture()[:20]):
-        with pytest.raises(ValueError, match="no readable picture"):
+    for data in (b"", b"no image", image()[:20]):
+        with pytest.raises(ValueError, match="no readable image"):
             image_size(data)
     assert image_size(undecodable()) == (40, 30)
-    for data in (b"no picture", undecodable()):
+    for data in (b"no image", undecodable()):
         with pytest.raises(ValueError, match="cannot decode"):
             decode_image(data)
 
@@ -132,11 +132,11 @@ def test_large_jpeg_is_decoded_small_and_upright():
     assert decode_stored(data, at_least=(HEIGHT * 5, WIDTH * 5)).shape == (3, HEIGHT * 5, WIDTH * 5)
     size = (HEIGHT * 5, WIDTH * 5)
     exact = resize_to_cover(decode_image(data), size)
-    assert (fit_picture(data, size, "center", 0) - exact).abs().mean() < 0.01
+    assert (fit_image(data, size, "center", 0) - exact).abs().mean() < 0.01
 
 
 def test_bytes_are_resized_as_floats_are():
-    stored = decode_stored(picture(300, 200, seed=3))
+    stored = decode_stored(image(300, 200, seed=3))
     assert stored.dtype == torch.uint8
     exact = resize_to(stored / 255, (90, 120))
     assert (resize_to(stored, (90, 120)) / 255 - exact).abs().max() <= 1.01 / 255  # rounded after each of two passes

@@ -12,18 +12,18 @@ from PIL import Image
 
 from stable_cascade import bounds
 from stable_cascade.data import index_samples
-from stable_cascade.data.images import decode_image, image_size, looks_like_picture
+from stable_cascade.data.images import decode_image, image_size, looks_like_image
 from stable_cascade.data.prepare import prepare_shards
 from stable_cascade.data.retries import may_pass, short
 from stable_cascade.data.tars import tar_members
 from stable_cascade.disk import decode_text
-from tests.making_shards import encoded, picture, write_tar
+from tests.making_shards import encoded, image, write_tar
 
 TEXT = "ein grüner Apfel"
 READ = {name: TEXT.encode(name) for name in ("utf-8", "utf-8-sig", "utf-16")} | {
     "utf-16-be": b"\xfe\xff" + TEXT.encode("utf-16-be")
 }
-JPEG = picture(kind="JPEG")
+JPEG = image(kind="JPEG")
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(88)
 
 
@@ -43,7 +43,7 @@ def prepared(tmp_path, files, **options):
 
 def one_fault(tmp_path, members, **options):
     """What is told of the one sample among ten that cannot be used, in a tar and, for the same files, by `prepare`."""
-    good = {f"{i}.png": picture(seed=i) for i in range(9)} | {f"{i}.txt": "fine" for i in range(9)}
+    good = {f"{i}.png": image(seed=i) for i in range(9)} | {f"{i}.txt": "fine" for i in range(9)}
     samples = indexed(tmp_path, good | members, **options)
     assert (len(samples), samples.report.unreadable) == (9, 1)
     report, _ = prepared(tmp_path, good | members)
@@ -88,8 +88,8 @@ def test_a_table_in_another_encoding_is_named(tmp_path):
     ("members", "words"),
     [
         ({"z.jpg": JPEG, "z.txt": b"x" * 70_000}, "its caption has 70,000 bytes; at most 65,536 are read"),
-        ({"z.heic": HEIC, "z.txt": b"x"}, "HEIC pictures are not read; convert it to JPEG or PNG"),
-        ({"z.jpg": b"nothing", "z.txt": b"x"}, "no readable picture"),
+        ({"z.heic": HEIC, "z.txt": b"x"}, "HEIC images are not read; convert it to JPEG or PNG"),
+        ({"z.jpg": b"nothing", "z.txt": b"x"}, "no readable image"),
         (
             {"z.png": encoded(Image.new("RGB", (3000, 3))), "z.txt": b"x"},
             "3,000 x 3; one side may be at most 20 times",
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_counted_and_named_in_a_tar_and_by_prepare(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["jfif", "jpe", "jpg_large", "JPEG", "PNG", "jpeg_1"])
-def test_what_is_a_picture_is_known_by_its_bytes(tmp_path, name):
+def test_what_is_an_image_is_known_by_its_bytes(tmp_path, name):
     files = {f"a.{name}": JPEG, "a.TXT": "an apple"}
     assert indexed(tmp_path, files).caption(0) == "an apple"
     assert prepared(tmp_path, files)[1].caption(0) == "an apple"
@@ -113,34 +113,34 @@ def test_signatures_are_those_that_pillow_writes():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000"):
         if kind in Image.SAVE or (Image.init() and kind in Image.SAVE):
-            assert looks_like_picture(encoded(image, kind)[:32]), kind
-    assert looks_like_picture(HEIC[:32])
+            assert looks_like_image(encoded(image, kind)[:32]), kind
+    assert looks_like_image(HEIC[:32])
     for other in (b"", b"hello world, this is a caption", b'{"a": 1}', b"\x93NUMPY"):
-        assert not looks_like_picture(other)
+        assert not looks_like_image(other)
 
 
-def test_a_caption_without_its_picture_is_told(tmp_path):
-    good = {f"{i}.png": picture(seed=i) for i in range(19)} | {f"{i}.txt": "fine" for i in range(19)}
+def test_a_caption_without_its_image_is_told(tmp_path):
+    good = {f"{i}.png": image(seed=i) for i in range(19)} | {f"{i}.txt": "fine" for i in range(19)}
     samples = indexed(tmp_path, good | {"gone.txt": "a fox"})
     assert samples.report.unreadable == 1
-    assert samples.report.unreadable_keys == ("a.tar/gone: it has a caption and no picture ('txt')",)
+    assert samples.report.unreadable_keys == ("a.tar/gone: it has a caption and no image ('txt')",)
 
 
 def test_links_in_a_tar_are_told(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {"a.png": picture(), "a.txt": "fine", "b.txt": "linked"})
+    path = write_tar(tmp_path / "a.tar", {"a.png": image(), "a.txt": "fine", "b.txt": "linked"})
     with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("b.png")
         link.type, link.linkname = tarfile.SYMTYPE, "a.png"
         tar.addfile(link)
-    with pytest.raises(ValueError, match=r"a.tar/b: its picture is a link in the tar, not a file"):
+    with pytest.raises(ValueError, match=r"a.tar/b: its image is a link in the tar, not a file"):
         index_samples(str(path), cache_dir=str(tmp_path / "cache"))
 
 
 def test_dotted_names_are_explained(tmp_path):
     name = "Screenshot 2024-01-02 at 10.11.12"
     with pytest.raises(ValueError, match=r"a key ends at the first dot of a name .*stable-cascade prepare"):
-        indexed(tmp_path, {f"{name}.png": picture(), f"{name}.txt": "a window"})
-    assert prepared(tmp_path, {f"{name}.png": picture(), f"{name}.txt": "a window"})[1].caption(0) == "a window"
+        indexed(tmp_path, {f"{name}.png": image(), f"{name}.txt": "a window"})
+    assert prepared(tmp_path, {f"{name}.png": image(), f"{name}.txt": "a window"})[1].caption(0) == "a window"
 
 
 def test_a_large_jpeg_is_tried_as_a_training_decodes_it(tmp_path):
@@ -153,7 +153,7 @@ def test_a_large_jpeg_is_tried_as_a_training_decodes_it(tmp_path):
 
 def test_linked_folders_are_searched_and_links_in_circles_end(tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/a.png").write_bytes(picture())
+    (tmp_path / "elsewhere/a.png").write_bytes(image())
     (tmp_path / "elsewhere/a.txt").write_text("linked")
     (tmp_path / "in").mkdir()
     os.symlink(tmp_path / "elsewhere", tmp_path / "in/more")
@@ -166,12 +166,12 @@ def test_pipes_and_devices_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "in/a.png")
     os.symlink("/dev/zero", tmp_path / "in/b.png")
     files = {"a.txt": "x", "b.txt": "x"}
-    with pytest.raises(ValueError, match=r"2 of 2 pictures are broken.*is a pipe or a device"):
+    with pytest.raises(ValueError, match=r"2 of 2 images are broken.*is a pipe or a device"):
         prepared(tmp_path, files)
 
 
 def test_overwriting_leaves_tars_of_other_names(tmp_path):
-    prepared(tmp_path, {"a.png": picture(), "a.txt": "x"})
+    prepared(tmp_path, {"a.png": image(), "a.txt": "x"})
     (tmp_path / "out/00007.tar").write_bytes(b"an older shard")
     (tmp_path / "out/holiday.tar").write_bytes(b"mine")
     prepare_shards(tmp_path / "in", tmp_path / "out", overwrite=True)
@@ -182,7 +182,7 @@ def test_pairs_given_as_a_data_set_lead_to_prepare(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/a.jpg").write_bytes(JPEG)
     (tmp_path / "set/a.txt").write_text("an apple")
-    with pytest.raises(ValueError, match=r"pictures with .txt files beside them.*`stable-cascade prepare"):
+    with pytest.raises(ValueError, match=r"images with .txt files beside them.*`stable-cascade prepare"):
         index_samples(dataset_name=str(tmp_path / "set"))
 
 
@@ -223,7 +223,7 @@ def test_a_sparse_member_is_not_read(tmp_path):
 
 
 def test_names_reach_no_terminal_raw(tmp_path):
-    samples = indexed(tmp_path, {"a\x1b[31m\nb.png": picture(), "a\x1b[31m\nb.txt": "x"})
+    samples = indexed(tmp_path, {"a\x1b[31m\nb.png": image(), "a\x1b[31m\nb.txt": "x"})
     assert samples.key(0) == "a.tar/a\\x1b[31m\\nb"
 
 
@@ -274,8 +274,8 @@ def test_extreme_shapes_are_refused_by_their_header():
         image_size(encoded(Image.new("L", (4000, 1))))
 
 
-GOOD = {f"{i}.png": picture(seed=i) for i in range(19)} | {f"{i}.txt": "fine" for i in range(19)}
-PAIR = {"z.png": picture(seed=99), "z.txt": "x"}
+GOOD = {f"{i}.png": image(seed=i) for i in range(19)} | {f"{i}.txt": "fine" for i in range(19)}
+PAIR = {"z.png": image(seed=99), "z.txt": "x"}
 
 
 @pytest.mark.parametrize("kind", [b"g", b"K", b"x", b"L"])
@@ -293,11 +293,11 @@ def test_a_header_of_a_megabyte_takes_a_moment():
 
 
 @pytest.mark.parametrize(("members", "links", "told"), [
-    ({}, ("z.png", "z.txt"), "a.tar/z: its picture is a link in the tar, not a file"),
-    ({"z.png": picture(seed=99)}, ("z.txt",), "a.tar/z: its caption is a link in the tar, not a file"),
-    ({".z.png": picture(seed=99), ".z.txt": "x"}, (),
+    ({}, ("z.png", "z.txt"), "a.tar/z: its image is a link in the tar, not a file"),
+    ({"z.png": image(seed=99)}, ("z.txt",), "a.tar/z: its caption is a link in the tar, not a file"),
+    ({".z.png": image(seed=99), ".z.txt": "x"}, (),
      "a.tar/.z: its name begins with a dot, so it is hidden; rename it"),
-    ({"z.png": picture(seed=99), "z.txt": "x", "z.v2.png": picture(seed=98), "z.v2.txt": "y"}, (),
+    ({"z.png": image(seed=99), "z.txt": "x", "z.v2.png": image(seed=98), "z.v2.txt": "y"}, (),
      "a.tar/z.v2: it is not found, because a key ends at the first dot of a name"),
 ])  # fmt: skip
 def test_pairs_that_a_tar_hides_are_told(tmp_path, members, links, told):
@@ -313,8 +313,8 @@ def test_pairs_that_a_tar_hides_are_told(tmp_path, members, links, told):
 
 
 @pytest.mark.parametrize("members", [
-    {".DS_Store": "x", "._0.png": b"shadow", "._0.txt": "Mac OS X"}, {".z.png": picture(seed=99)},
-    {"0.thumb.png": picture(seed=98)}, {"0.mask.png": picture(seed=97)},
+    {".DS_Store": "x", "._0.png": b"shadow", "._0.txt": "Mac OS X"}, {".z.png": image(seed=99)},
+    {"0.thumb.png": image(seed=98)}, {"0.mask.png": image(seed=97)},
 ])  # fmt: skip
 def test_what_was_not_meant_to_be_trained_is_not_told(tmp_path, members):
     assert indexed(tmp_path, GOOD | members).report.unreadable == 0
@@ -324,21 +324,21 @@ def captions_of(samples):
     return {samples.key(i).rsplit("/", 1)[1]: samples.caption(i) for i in range(len(samples))}
 
 
-def test_prepare_gives_each_picture_the_caption_of_its_own_name(tmp_path):
-    files = {"A.png": picture(seed=1), "A.txt": "upper", "a.png": picture(seed=2), "a.TXT": "lower"}
+def test_prepare_gives_each_image_the_caption_of_its_own_name(tmp_path):
+    files = {"A.png": image(seed=1), "A.txt": "upper", "a.png": image(seed=2), "a.TXT": "lower"}
     assert captions_of(prepared(tmp_path, files)[1]) == {"A": "upper", "a": "lower"}
 
 
-def test_prepare_lends_no_caption_to_a_second_picture(tmp_path):
-    with pytest.raises(ValueError, match=r"1 of 2 pictures have no caption, for example .*A\.png"):
-        prepared(tmp_path, {"A.png": picture(seed=1), "a.png": picture(seed=2), "a.txt": "lower"})
+def test_prepare_lends_no_caption_to_a_second_image(tmp_path):
+    with pytest.raises(ValueError, match=r"1 of 2 images have no caption, for example .*A\.png"):
+        prepared(tmp_path, {"A.png": image(seed=1), "a.png": image(seed=2), "a.txt": "lower"})
 
 
 @pytest.mark.parametrize(("files", "told"), [
-    ({"gone.txt": "a fox"}, "left out: 1 texts have no picture beside them, for example gone.txt"),
-    ({"gone.psd": b"8BPS", "gone.json": '{"text": "a fox"}'}, "texts have no picture beside them, for example gone.j"),
-    ({".z.png": picture(seed=99), ".z.txt": "x"}, "left out: 2 files and folders are hidden, their names begin with"),
-    ({".more/z.png": picture(seed=99)}, "left out: 1 files and folders are hidden, .* for example .more"),
+    ({"gone.txt": "a fox"}, "left out: 1 texts have no image beside them, for example gone.txt"),
+    ({"gone.psd": b"8BPS", "gone.json": '{"text": "a fox"}'}, "texts have no image beside them, for example gone.j"),
+    ({".z.png": image(seed=99), ".z.txt": "x"}, "left out: 2 files and folders are hidden, their names begin with"),
+    ({".more/z.png": image(seed=99)}, "left out: 1 files and folders are hidden, .* for example .more"),
 ])  # fmt: skip
 def test_prepare_names_what_it_leaves_out(tmp_path, files, told):
     report, samples = prepared(tmp_path, GOOD | files)
@@ -351,16 +351,16 @@ def test_prepare_has_nothing_to_say_of_a_folder_in_order(tmp_path):
     assert report.notes == ()
 
 
-def test_two_captions_in_rows_of_one_picture_are_refused(tmp_path):
+def test_two_captions_in_rows_of_one_image_are_refused(tmp_path):
     rows = "file_name,text,score\nm.png,one,1\nm.png,{},2\n"
-    files = {"m.png": picture(), "metadata.csv": rows.format("two")}
+    files = {"m.png": image(), "metadata.csv": rows.format("two")}
     with pytest.raises(ValueError, match=r"metadata.csv' row 2 gives 'm.png' another text than a row before; keep"):
         prepared(tmp_path, files)
     assert captions_of(prepared(tmp_path, files | {"metadata.csv": rows.format("one")})[1]) == {"m": "one"}
 
 
 def test_metadata_in_linked_folders_and_other_case_is_read(tmp_path):
-    for name, data in {"q.png": picture(), "Metadata.csv": b"file_name,text\nq.png,hello\n"}.items():
+    for name, data in {"q.png": image(), "Metadata.csv": b"file_name,text\nq.png,hello\n"}.items():
         (tmp_path / "else").mkdir(exist_ok=True)
         (tmp_path / "else" / name).write_bytes(data)
     (tmp_path / "in").mkdir()
@@ -386,5 +386,5 @@ def test_compressed_tars_in_a_folder_of_shards_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"packed")
     with pytest.raises(ValueError, match=rf"holds 1 compressed tars, for example '{re.escape(name)}'; unpack them"):
         index_samples(str(tmp_path), cache_dir=str(tmp_path / "cache"))
-    write_tar(tmp_path / "01.tar", {"y.png": picture(seed=5), "y.txt": "x"})  # unpacked beside it
+    write_tar(tmp_path / "01.tar", {"y.png": image(seed=5), "y.txt": "x"})  # unpacked beside it
     assert len(index_samples(str(tmp_path), cache_dir=str(tmp_path / "cache"))) == 2

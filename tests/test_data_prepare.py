@@ -1,4 +1,4 @@
-"""`stable-cascade prepare`: a folder of pictures and captions becomes shards that train."""
+"""`stable-cascade prepare`: a folder of images and captions becomes shards that train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from stable_cascade.cli.main import main
 from stable_cascade.data import index_samples, prepare_shards
-from tests.making_shards import picture, undecodable
+from tests.making_shards import image, undecodable
 
 
 def folder_of(path: Path, files: dict[str, bytes | str]) -> Path:
@@ -29,19 +29,19 @@ HIDDEN = "left out: 1 files and folders are hidden, their names begin with a dot
 @pytest.fixture
 def folder(tmp_path) -> Path:
     files: dict[str, bytes | str] = {
-        "a.png": picture(20, 10, seed=1),
+        "a.png": image(20, 10, seed=1),
         "a.txt": "from txt\n",
         "a.json": json.dumps({"score": 5, "text": "not this"}),
-        "b.png": picture(seed=2),
+        "b.png": image(seed=2),
         "b.json": json.dumps({"caption": "from json", "score": 7}),
-        "sub/c.one.JPG": picture(seed=3, kind="JPEG"),
-        "sub/d.webp": picture(seed=4, kind="WEBP"),
-        "e.png": picture(seed=5),
+        "sub/c.one.JPG": image(seed=3, kind="JPEG"),
+        "sub/d.webp": image(seed=4, kind="WEBP"),
+        "e.png": image(seed=5),
         "metadata.csv": "file_name,text,score\nsub/c.one.JPG,from csv,1.5\n",
         "sub/metadata.jsonl": json.dumps({"file_name": "d.webp", "text": "from jsonl", "tags": ["x"]}),
         "captions.csv": "file_name,text\ne.png,from captions\n",
         "notes.md": "x",
-        ".hidden/z.png": picture(),
+        ".hidden/z.png": image(),
     }
     return folder_of(tmp_path / "in", files)
 
@@ -92,31 +92,31 @@ def test_overwriting(folder, tmp_path):
     assert [path.name for path in out.iterdir()] == ["00000.tar"]
 
 
-def test_pictures_of_the_same_stem(tmp_path):
-    files = {"a.jpg": picture(kind="JPEG"), "a.png": picture(), "a.txt": "both"}
+def test_images_of_the_same_stem(tmp_path):
+    files = {"a.jpg": image(kind="JPEG"), "a.png": image(), "a.txt": "both"}
     prepare_shards(folder_of(tmp_path / "in", files), tmp_path / "out")
     samples = index_samples(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
     assert [samples.key(i) for i in range(2)] == ["00000.tar/a", "00000.tar/a-2"]
 
 
-def test_broken_pictures_are_left_out_and_reported(folder, tmp_path, capsys):
+def test_broken_images_are_left_out_and_reported(folder, tmp_path, capsys):
     folder_of(folder, {"bad.png": undecodable(), "bad.txt": "x"})
     status = main(["prepare", str(folder), str(tmp_path / "out"), "--max-broken-share", "0.2"])
     assert status == 0
     printed = capsys.readouterr().out
     assert "wrote 5 samples in 1 shards" in printed
-    assert f"left out 1 broken pictures:\n  {folder}/bad.png: cannot decode" in printed
+    assert f"left out 1 broken images:\n  {folder}/bad.png: cannot decode" in printed
     assert f"webdataset_path: {tmp_path}/out" in printed
     status = main(["prepare", str(folder), str(tmp_path / "other")])
     assert status == 2
-    assert "1 of 6 pictures are broken, more than max_broken_share 0.1" in capsys.readouterr().err
+    assert "1 of 6 images are broken, more than max_broken_share 0.1" in capsys.readouterr().err
     assert not list((tmp_path / "other").iterdir()), "a failed run leaves nothing"
 
 
 def test_missing_captions(tmp_path, capsys):
-    source = folder_of(tmp_path / "in", {"a.png": picture(), "a.txt": "x", "b.png": picture()})
+    source = folder_of(tmp_path / "in", {"a.png": image(), "a.txt": "x", "b.png": image()})
     assert main(["prepare", str(source), str(tmp_path / "out")]) == 2
-    assert f"1 of 2 pictures have no caption, for example {source}/b.png" in capsys.readouterr().err
+    assert f"1 of 2 images have no caption, for example {source}/b.png" in capsys.readouterr().err
     assert main(["prepare", str(source), str(tmp_path / "out"), "--allow-missing-captions"]) == 0
     assert "1 of them have no caption" in capsys.readouterr().out
     samples = index_samples(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
@@ -127,12 +127,12 @@ def test_missing_captions(tmp_path, capsys):
     ("files", "words"),
     [
         ({}, "is no folder"),
-        ({"a.txt": "x"}, "holds no pictures"),
+        ({"a.txt": "x"}, "holds no images"),
         ({"a.png": b"x", "metadata.csv": "name,text\na.png,x\n"}, "row 1 has no file_name (name, text)"),
-        ({"a.png": b"x", "metadata.csv": "file_name,text\nb.png,x\n"}, "names 1 pictures that do not exist"),
+        ({"a.png": b"x", "metadata.csv": "file_name,text\nb.png,x\n"}, "names 1 images that do not exist"),
         ({"a.png": b"x", "metadata.jsonl": "{\n"}, "line 1 is no JSON object"),
         ({"a.png": b"x", "a.json": "[1]"}, "holds no JSON object"),
-        ({"a.png": b"x", "a.txt": "x"}, "1 of 1 pictures are broken"),
+        ({"a.png": b"x", "a.txt": "x"}, "1 of 1 images are broken"),
     ],
 )
 def test_refusals(tmp_path, files, words, capsys):
@@ -153,8 +153,8 @@ def test_command_line(folder, tmp_path):
 
 
 def test_masks(folder, tmp_path):
-    mask = picture(20, 10, seed=9)
-    folder_of(folder, {"a.mask.png": mask, "sub/d.mask.webp": picture(seed=8, kind="WEBP")})
+    mask = image(20, 10, seed=9)
+    folder_of(folder, {"a.mask.png": mask, "sub/d.mask.webp": image(seed=8, kind="WEBP")})
     report = prepare_shards(folder, tmp_path / "out")
     assert str(report) == f"wrote 5 samples in 1 shards\n2 of them have a mask\n{HIDDEN}"
     samples = index_samples(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), masks=True)
@@ -166,5 +166,5 @@ def test_masks(folder, tmp_path):
     report = prepare_shards(folder, tmp_path / "again", max_broken_share=0.5)
     assert "a.png: its mask: cannot decode" in report.broken[0]
     (folder / "lone.mask.png").write_bytes(mask)
-    with pytest.raises(ValueError, match=r"1 masks have no picture beside them, for example .*lone\.mask\.png"):
+    with pytest.raises(ValueError, match=r"1 masks have no image beside them, for example .*lone\.mask\.png"):
         prepare_shards(folder, tmp_path / "never")

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 from stable_cascade.data import index_samples, retries, training_batches
-from tests.making_shards import picture, write_shard
+from tests.making_shards import image, write_shard
 
 
 class RangeHandler(http.server.BaseHTTPRequestHandler):
@@ -105,8 +105,8 @@ def test_http_reads_only_what_it_needs(server, tmp_path):
     server.sent.clear()
     samples = index_samples(f"{address(server)}/a.tar", cache_dir=cache)
     assert sum(server.sent) == 0, "the second index comes from the cache"
-    assert samples.read(17) == (picture(100, 90, seed=17), "caption 17")
-    assert sum(server.sent) == len(picture(100, 90, seed=17)) + len("caption 17\n")
+    assert samples.read(17) == (image(100, 90, seed=17), "caption 17")
+    assert sum(server.sent) == len(image(100, 90, seed=17)) + len("caption 17\n")
 
 
 def test_http_missing_or_no_tar(server, tmp_path):
@@ -242,7 +242,7 @@ def test_s3_prefix(bucket, tmp_path):
     cache = str(tmp_path / "cache")
     samples = index_samples("s3://bucket/set/", cache_dir=cache)
     assert [samples.key(i) for i in (0, 39)] == ["0.tar/0000", "9.tar/0039"]
-    assert samples.read(5) == (picture(36, 36, seed=5), "caption 5")
+    assert samples.read(5) == (image(36, 36, seed=5), "caption 5")
     assert len(index_samples("s3://bucket/set/1.tar", cache_dir=cache)) == 4
     assert len(index_samples("s3://bucket/set/*.tar", cache_dir=cache)) == 40
     local = index_samples(str(bucket), cache_dir=cache)

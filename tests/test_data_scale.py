@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stable_cascade.data import index_samples, planned_crops, training_batches
-from tests.making_shards import picture
+from tests.making_shards import image
 
 SAMPLES, SHARDS = 100_000, 10
 SETTINGS = {"image_size": 16, "bucket_factor": 4, "batch_size": 16, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 1}
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three pictures, 100,000 captions."""
+    """Three images, 100,000 captions."""
     place = tmp_path_factory.mktemp("big")
-    pictures = [picture(width, height, seed=width) for width, height in ((16, 16), (20, 15), (15, 20))]
+    images = [image(width, height, seed=width) for width, height in ((16, 16), (20, 15), (15, 20))]
     for shard in range(SHARDS):
         with (place / f"{shard:03}.tar").open("wb") as file:
             for i in range(shard * SAMPLES // SHARDS, (shard + 1) * SAMPLES // SHARDS):
-                for extension, data in (("png", pictures[i % 3]), ("txt", f"caption {i}".encode())):
+                for extension, data in (("png", images[i % 3]), ("txt", f"caption {i}".encode())):
                     info = tarfile.TarInfo(f"{i:07}.{extension}")
                     info.size = len(data)
                     file.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512))

@@ -10,7 +10,7 @@ import pytest
 
 from stable_cascade.data import SampleIndex, index_samples
 from stable_cascade.data.locations import shard_locations
-from tests.making_shards import picture, undecodable, write_shard, write_tar
+from tests.making_shards import image, undecodable, write_shard, write_tar
 
 
 def indexed(path, tmp_path, **options) -> SampleIndex:
@@ -33,7 +33,7 @@ def test_index(tmp_path):
     assert samples.widths.tolist() == [40, 30, 36, 40, 30]
     assert samples.heights.tolist() == [30, 40, 36, 30, 40]
     assert samples.key(1) == "a.tar/0001"
-    assert samples.read(3) == (picture(40, 30, seed=3), "caption 3")
+    assert samples.read(3) == (image(40, 30, seed=3), "caption 3")
     assert str(samples.report) == "5 samples in 1 shards"
 
 
@@ -83,7 +83,7 @@ def test_commands_and_unknown_schemes_are_refused(tmp_path):
 
 def test_not_a_tar(tmp_path):
     path = tmp_path / "a.tar"
-    path.write_bytes(picture(200, 200))
+    path.write_bytes(image(200, 200))
     assert f"shard '{path}' is not a tar" in refused(path, tmp_path)
     path.write_bytes(b"")
     assert "is not a tar: empty file" in refused(path, tmp_path)
@@ -123,20 +123,20 @@ def test_tar_without_images(tmp_path):
 
 
 def test_members_and_keys(tmp_path):
-    """A tarred folder, upper case, shadows of macOS, a mask beside the picture, members in any order."""
+    """A tarred folder, upper case, shadows of macOS, a mask beside the image, members in any order."""
     members = {
         "set/b.txt": "b",
-        "set/a.JPG": picture(8, 9, kind="JPEG"),
+        "set/a.JPG": image(8, 9, kind="JPEG"),
         "set/._a.jpg": b"shadow",
-        "set/b.mask.png": picture(1, 1),
-        "set/b.png": picture(10, 11),
+        "set/b.mask.png": image(1, 1),
+        "set/b.png": image(10, 11),
         "set/a.txt": "a",
     }
     samples = indexed(write_tar(tmp_path / "a.tar", members), tmp_path)
     found = {samples.key(i): (int(samples.widths[i]), samples.read(i)[1]) for i in range(len(samples))}
     assert found == {"a.tar/set/a": (8, "a"), "a.tar/set/b": (10, "b")}
-    twice = write_tar(tmp_path / "b.tar", {"a.1.png": picture(), "a.2.png": picture()})
-    assert "two pictures share the sample key 'a'" in refused(twice, tmp_path)
+    twice = write_tar(tmp_path / "b.tar", {"a.1.png": image(), "a.2.png": image()})
+    assert "two images share the sample key 'a'" in refused(twice, tmp_path)
 
 
 def test_shards_of_the_same_name(tmp_path):
@@ -157,7 +157,7 @@ def test_captions_from_json(tmp_path):
 
 
 def test_missing_captions(tmp_path):
-    members = {"0.png": picture(), "0.txt": "x", "1.png": picture(), "2.png": picture()}
+    members = {"0.png": image(), "0.txt": "x", "1.png": image(), "2.png": image()}
     path = write_tar(tmp_path / "a.tar", members)
     assert "2 of 3 samples have no caption under captions_getter 'txt:identity'" in refused(path, tmp_path)
     samples = indexed(path, tmp_path, allow_missing_captions=True)
@@ -186,13 +186,13 @@ def test_filter_with_call_or_attribute_is_refused_before_any_shard_is_read(tmp_p
 
 
 def test_unreadable_headers_are_left_out_and_reported(tmp_path, caplog):
-    members = {f"{i}.png": picture(seed=i) if i else b"no picture" for i in range(10)}
+    members = {f"{i}.png": image(seed=i) if i else b"no image" for i in range(10)}
     members |= {f"{i}.txt": "x" for i in range(10)}
     path = write_tar(tmp_path / "a.tar", members)
     with caplog.at_level(logging.WARNING):
         samples = indexed(path, tmp_path)
     assert len(samples) == 9
-    assert "1 left out (for example a.tar/0: no readable picture: its bytes are of no kind" in caplog.text
+    assert "1 left out (for example a.tar/0: no readable image: its bytes are of no kind" in caplog.text
     message = refused(path, tmp_path, max_broken_share=0.05)
     assert "1 of 10 samples cannot be used, more than max_broken_share 0.05 (for example a.tar/0: no read" in message
     whole = write_tar(tmp_path / "b.tar", {"0.png": undecodable(), "0.txt": "x"})
@@ -200,7 +200,7 @@ def test_unreadable_headers_are_left_out_and_reported(tmp_path, caplog):
 
 
 def test_damaged_json_counts_as_unreadable(tmp_path):
-    members = {"0.png": picture(), "0.json": "{", "1.png": picture(), "1.json": {"score": 1}}
+    members = {"0.png": image(), "0.json": "{", "1.png": image(), "1.json": {"score": 1}}
     path = write_tar(tmp_path / "a.tar", members)
     options = {"dataset_filters": [["score", "identity"]], "max_broken_share": 0.5, "allow_missing_captions": True}
     samples = indexed(path, tmp_path, **options)

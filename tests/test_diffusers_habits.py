@@ -17,7 +17,7 @@ from stable_cascade import (
 from stable_cascade.models.clip import clip_pixels
 from stable_cascade.schedulers import StableCascadeScheduler
 from tests.tiny_cascade import MULTIPLE, PRIOR
-from tests.tiny_pipelines import cascade, pictures, prior_pipeline
+from tests.tiny_pipelines import cascade, images, prior_pipeline
 
 SMALL = {"height": 64, "width": 64}
 WIDE = torch.zeros(1, 1, 5)
@@ -315,15 +315,15 @@ def test_a_stage_without_its_network_is_told(pipeline):
 
 def test_encode_image_as_diffusers_calls_it():
     prior = prior_pipeline()
-    shown, absent = prior.encode_image(list(pictures(2)), "cpu", torch.float32, 1, 2)
+    shown, absent = prior.encode_image(list(images(2)), "cpu", torch.float32, 1, 2)
     assert shown.shape[:2] == (2, 2)
     assert not absent.any()
     size = prior.image_encoder.config.image_size
-    alone = prior.image_encoder(pixel_values=clip_pixels(pictures(1), size)).image_embeds
+    alone = prior.image_encoder(pixel_values=clip_pixels(images(1), size)).image_embeds
     torch.testing.assert_close(shown[0, 0], alone[0])
     latents = [
         prior("red dog", **SMALL, num_inference_steps=1, num_images_per_prompt=2, generator=seeded(), **given)
-        for given in ({"images": list(pictures(2))}, {"image_embeds": shown})
+        for given in ({"images": list(images(2))}, {"image_embeds": shown})
     ]
     assert torch.equal(latents[0].image_embeddings, latents[1].image_embeddings)
 

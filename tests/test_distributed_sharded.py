@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from stable_cascade.training import sharding
 from tests.toy_run import Toy, saved, toy_arguments, toy_config, toy_train
-from tests.trainer_runs import settings, tensors, train, write_cascade, write_config, write_pictures
+from tests.trainer_runs import settings, tensors, train, write_cascade, write_config, write_images
 from tests.two_processes import ROOT, launch_sharded
 
 LINEAR = ("--fsdp_transformer_layer_cls_to_wrap", "Linear")
@@ -103,7 +103,7 @@ def test_mixed_precision_keeps_inputs_and_sums_whole(tmp_path):
 def test_sharded_trainer_equals_one_process_and_resumes_to_the_same_bits(tmp_path, trainer, changes):
     """Every training that may be sharded, as fsdp2.yaml wraps it; a LoRA also on a base of another number format."""
     cascade = write_cascade(tmp_path / "cascade", dropout=0.0)
-    write_pictures(cascade / "pictures.tar")
+    write_images(cascade / "images.tar")
     changes = {"adam_epsilon": 1e-5, "save_every": 3, **changes}
 
     def launch(name: str, **more) -> Path:

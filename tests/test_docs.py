@@ -23,7 +23,7 @@ from tests.docs_commands import commands_of, run_command
 from tests.docs_folder import copy_folder, make_folder, make_hub
 
 MOST_EXCUSED = 3
-SLOW = {"memory.md": "traces steps of the 3.6B prior", "commands.md": "draws some thirty pictures"}
+SLOW = {"memory.md": "traces steps of the 3.6B prior", "commands.md": "draws some thirty images"}
 """Page -> why running it takes long."""
 EXAMPLES = {
     "LoraConfig": "lora_embedded.yaml",

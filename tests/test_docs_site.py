@@ -1,4 +1,4 @@
-"""What the documentation names exists: pages, pictures, links, commands, flags, files and functions."""
+"""What the documentation names exists: pages, images, links, commands, flags, files and functions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HEADING = re.compile(r"^#{1,6} (.+?)\s*$", flags=re.MULTILINE)
 PATHS = re.compile(r"(?<![\w./-])(?:stable_cascade|examples|tests|docs|accelerate_configs|benchmarks)/[\w./-]*\w")
 WRITTEN = {"benchmarks/out/bench.json"}
 """Files that a command leaves, which no clone has."""
-LARGEST_PICTURE = 200_000
+LARGEST_IMAGE = 200_000
 LARGER = {"before_after.png", "canny_embedded.png", "embedded_samples.png"}
-"""Pictures from before there was a limit."""
+"""Images from before there was a limit."""
 OTHERS = {
     "--cpu", "--num_processes", "--mixed_precision", "--config_file", "--num_machines",  # accelerate
     "--sort", "--durations", "--nodes",
@@ -84,7 +84,7 @@ def broken_link(page: Path, target: str) -> str | None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
-def test_links_and_pictures_resolve(page):
+def test_links_and_images_resolve(page):
     faults = []
     for number, line in enumerate(without_blocks(page).split("\n"), 1):
         for target in LINK.findall(CODE.sub("", line)):
@@ -94,12 +94,12 @@ def test_links_and_pictures_resolve(page):
     assert not faults, "\n".join(faults)
 
 
-def test_pictures_are_small_and_used():
+def test_images_are_small_and_used():
     showing = [*pages(), *(ROOT / folder / "README.md" for folder in ("stable_cascade/embedded", "examples/embedded"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in showing)
-    for picture in sorted((DOCS / "images").iterdir()):
-        assert f"images/{picture.name}" in text, f"no page shows {picture.name}"
-        assert picture.name in LARGER or picture.stat().st_size < LARGEST_PICTURE, f"{picture.name} is too large"
+    for image in sorted((DOCS / "images").iterdir()):
+        assert f"images/{image.name}" in text, f"no page shows {image.name}"
+        assert image.name in LARGER or image.stat().st_size < LARGEST_IMAGE, f"{image.name} is too large"
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:

@@ -1,4 +1,4 @@
-"""Drawings: checked settings, pictures within bounds, and PNG files that say how they were drawn."""
+"""Drawings: checked settings, images within bounds, and PNG files that say how they were drawn."""
 
 import json
 from dataclasses import fields, replace
@@ -15,12 +15,12 @@ from stable_cascade.drawing import (
     InputFile,
     LoraChoice,
     read_drawing,
-    read_picture,
+    read_image,
     read_record,
-    save_picture,
+    save_image,
 )
+from stable_cascade.drawing.images import decibels
 from stable_cascade.drawing.metadata import describe, parameters, slug
-from stable_cascade.drawing.pictures import decibels
 from stable_cascade.drawing.request import STRENGTHS
 from tests.drawing_parts import checkered, png_of_size, same, saved
 
@@ -127,39 +127,39 @@ def test_json_from_elsewhere_is_refused_in_one_line(values, said):
     assert str(caught.value).isprintable()
 
 
-# Picture files
+# Image files
 
 
-def test_a_picture_is_read_as_it_is(tmp_path):
-    assert same(read_picture(saved(tmp_path)), checkered())
-    assert same(read_picture((tmp_path / "photo.png").read_bytes()), checkered())
+def test_an_image_is_read_as_it_is(tmp_path):
+    assert same(read_image(saved(tmp_path)), checkered())
+    assert same(read_image((tmp_path / "photo.png").read_bytes()), checkered())
 
 
-def test_a_picture_is_upright_and_on_paper(tmp_path):
+def test_an_image_is_upright_and_on_paper(tmp_path):
     turned, path = checkered(64, 32), tmp_path / "turned.png"
     exif = Image.Exif()
     exif[274] = 6
     turned.save(path, exif=exif)
-    assert read_picture(path).size == (32, 64)
+    assert read_image(path).size == (32, 64)
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     clear.save(path)
-    assert read_picture(path).getpixel((0, 0)) == (255, 255, 255)
-    assert read_picture(path, mode="L", paper="black").getpixel((0, 0)) == 0
-    assert read_picture(path, mode=None).mode == "RGBA"
+    assert read_image(path).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(path, mode="L", paper="black").getpixel((0, 0)) == 0
+    assert read_image(path, mode=None).mode == "RGBA"
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(path)
-    assert read_picture(path).getpixel((0, 0)) == (128, 128, 128)
-    assert read_picture(path, mode=None).mode == "L"
+    assert read_image(path).getpixel((0, 0)) == (128, 128, 128)
+    assert read_image(path, mode=None).mode == "L"
 
 
 def test_an_animation_gives_its_first_frame_and_says_so(tmp_path, caplog):
     path = tmp_path / "moving.gif"
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert read_picture(path).getpixel((0, 0)) == (255, 0, 0)
+    assert read_image(path).getpixel((0, 0)) == (255, 0, 0)
     assert "is an animation; its first frame is taken" in caplog.text
 
 
@@ -169,50 +169,50 @@ def test_an_animation_gives_its_first_frame_and_says_so(tmp_path, caplog):
         (png_of_size(10_000, 10_000), "is 10000 x 10000, 100 megapixels; at most 64 are read"),
         (png_of_size(60_000, 60_000), "has more than 64 megapixels"),
         (png_of_size(64, 64), "is damaged"),
-        (b"\x89PNG\r\n\x1a\nbroken", "is no picture that can be read; give one of PNG, JPEG"),
-        (b"just a text", "is no picture that can be read"),
-        (b"", "is no picture that can be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is no picture that can be read"),
+        (b"\x89PNG\r\n\x1a\nbroken", "is no image that can be read; give one of PNG, JPEG"),
+        (b"just a text", "is no image that can be read"),
+        (b"", "is no image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is no image that can be read"),
     ],
     ids=["100 megapixels", "a bomb", "no pixels", "no PNG", "a text", "nothing", "EPS"],
 )
-def test_what_is_no_picture_is_one_line(tmp_path, content, said):
+def test_what_is_no_image_is_one_line(tmp_path, content, said):
     path = tmp_path / "photo.png"
     path.write_bytes(content)
     for source in (path, content):
         with pytest.raises(ValueError) as caught:
-            read_picture(source)
+            read_image(source)
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-def test_a_picture_cut_short_is_one_line(tmp_path):
+def test_an_image_cut_short_is_one_line(tmp_path):
     path = tmp_path / "photo.jpg"
     checkered(640, 640).save(path)
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(ValueError, match=r"photo\.jpg' is damaged: .*truncated"):
-        read_picture(path)
+        read_image(path)
 
 
-def test_a_picture_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; give a picture file"):
-        read_picture(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="is a folder; give a picture file"):
-        read_picture(tmp_path)
+def test_an_image_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; give an image file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="is a folder; give an image file"):
+        read_image(tmp_path)
 
 
-def test_a_large_picture_is_not_decoded(tmp_path, monkeypatch):
+def test_a_large_image_is_not_decoded(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     path.write_bytes(png_of_size(10_000, 10_000))
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="100 megapixels"):
-        read_picture(path)
+        read_image(path)
 
 
 # What a PNG says about itself
 
 
-def test_decibels_of_two_pictures():
+def test_decibels_of_two_images():
     grey, lighter = (Image.new("RGB", (64, 64), (level,) * 3) for level in (100, 110))
     assert decibels(grey, lighter) == pytest.approx(20 * np.log10(255 / 10))
     assert decibels(grey, lighter.resize((32, 32))) == pytest.approx(20 * np.log10(255 / 10))
@@ -223,8 +223,8 @@ def drawn(**settings):
     return Drawn(checkered(), replace(FULL, **settings), 1.0, {"stable_cascade": "0.1.0", "torch": "2"})
 
 
-def test_a_picture_carries_its_settings(tmp_path):
-    path = save_picture(drawn(prompt="Ein Äpfel 苹果\n(two lines)"), tmp_path / "a.png")
+def test_an_image_carries_its_settings(tmp_path):
+    path = save_image(drawn(prompt="Ein Äpfel 苹果\n(two lines)"), tmp_path / "a.png")
     record = read_record(path)
     assert record.drawing == replace(FULL, prompt="Ein Äpfel 苹果\n(two lines)")
     assert record.made_with["torch"] == "2"
@@ -238,15 +238,15 @@ def test_a_picture_carries_its_settings(tmp_path):
     assert "LoRA: my_lora:0.8" in readable
 
 
-def test_a_picture_is_never_overwritten(tmp_path):
-    path = save_picture(drawn(), tmp_path / "a.png")
+def test_an_image_is_never_overwritten(tmp_path):
+    path = save_image(drawn(), tmp_path / "a.png")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="exists; pictures are never overwritten"):
-        save_picture(drawn(seed=8), path)
+    with pytest.raises(ValueError, match="exists; images are never overwritten"):
+        save_image(drawn(seed=8), path)
     assert path.read_bytes() == before
 
 
-def test_names_of_pictures():
+def test_names_of_images():
     assert slug("Red apple, (flat:1.2) style!") == "red-apple-flat-1-2-style"
     assert slug("Äpfel: ../../etc/passwd") == "apfel-etc-passwd"
     assert slug("a" * 99) == "a" * 40
@@ -256,11 +256,11 @@ def test_names_of_pictures():
 
 def test_credentials_are_not_written_and_the_record_says_so(tmp_path):
     secret = "https://user:pass@host/x?signature=abcdef"
-    path = save_picture(drawn(model="hf_abcdefghijklmnopqrstuvwxyz", loras=(LoraChoice(secret),)), tmp_path / "a.png")
+    path = save_image(drawn(model="hf_abcdefghijklmnopqrstuvwxyz", loras=(LoraChoice(secret),)), tmp_path / "a.png")
     data = path.read_bytes()
     assert not [word for word in (b"pass@", b"abcdef", b"hf_abc") if word in data]
     assert set(read_record(path).redacted) == {"model", "loras"}
-    assert read_record(save_picture(drawn(), tmp_path / "b.png")).redacted == ()
+    assert read_record(save_image(drawn(), tmp_path / "b.png")).redacted == ()
 
 
 def test_the_record_holds_no_path_that_was_not_given():
@@ -305,7 +305,7 @@ def test_what_carries_no_record_is_one_line(tmp_path):
         read_record(tmp_path / "none.png")
     with pytest.raises(ValueError, match="carries no settings"):
         read_record(with_chunk(tmp_path / "long.png", "x" * (2**20 + 1)))
-    path = save_picture(drawn(), tmp_path / "b.png")
+    path = save_image(drawn(), tmp_path / "b.png")
     data = bytearray(path.read_bytes())
     data[data.index(b"red apple")] ^= 1
     path.write_bytes(data)

@@ -30,17 +30,17 @@ def test_draws_its_captions():
     chosen = list(range(0, 100, 10))
     pipeline = StableCascadePipeline.from_pretrained(embedded_path(), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline([captions[i] for i in chosen], generator=seeds(10), output_type="pt").images
-    place = ranks(distances(shrink(pictures), shrink(targets)), torch.tensor(chosen))
+    images = pipeline([captions[i] for i in chosen], generator=seeds(10), output_type="pt").images
+    place = ranks(distances(shrink(images), shrink(targets)), torch.tensor(chosen))
     assert (place < 5).float().mean() >= 0.8
 
 
-def test_rebuilds_pictures_it_never_saw():
-    _, _, pictures = read_mosaic(EMBEDDED / "held_out_200.webp", side=64)
+def test_rebuilds_images_it_never_saw():
+    _, _, images = read_mosaic(EMBEDDED / "held_out_200.webp", side=64)
     pipeline = StableCascadeReconstructionPipeline.from_pretrained(embedded_path(), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    rebuilt = pipeline(pictures[::20], generator=seeds(10), output_type="pt").images
-    assert psnr(rebuilt, pictures[::20]).mean() >= 17
+    rebuilt = pipeline(images[::20], generator=seeds(10), output_type="pt").images
+    assert psnr(rebuilt, images[::20]).mean() >= 17
 
 
 def test_says_what_is_missing(monkeypatch):

@@ -39,7 +39,7 @@ def test_ink_set_is_small_and_complete(ink_parts):
     assert set(ink_parts) == {f"{key}.{ending}" for key in keys for ending in ("png", "txt", "json")}
 
 
-def test_ink_pictures_are_black_on_white(ink_parts):
+def test_ink_images_are_black_on_white(ink_parts):
     for name, data in ink_parts.items():
         if name.endswith(".png"):
             with Image.open(io.BytesIO(data)) as image:
@@ -99,7 +99,7 @@ def test_retrieval_captions_are_training_captions():
     assert sum("noto style" in caption for caption in captions) == 50
 
 
-def test_held_out_pictures_are_of_no_base_concept():
+def test_held_out_images_are_of_no_base_concept():
     from concepts import BASE_LABELS, caption_name
     from measures import read_mosaic
 
@@ -111,13 +111,13 @@ def test_held_out_pictures_are_of_no_base_concept():
     assert (tiles.amax((1, 2, 3)) - tiles.amin((1, 2, 3))).min() > 0.2, "a tile is empty"
 
 
-def test_a_picture_is_its_own_nearest():
+def test_an_image_is_its_own_nearest():
     from measures import distances, ranks, read_mosaic, shrink
 
     _, _, tiles = read_mosaic(EMBEDDED / "captions_100.webp", side=32)
     right = torch.arange(100)
     assert ranks(distances(shrink(tiles), shrink(tiles)), right).tolist() == [0] * 100
-    # Shifted by one, a picture is never the nearest: its neighbour is there at distance 0.
+    # Shifted by one, an image is never the nearest: its neighbour is there at distance 0.
     assert ranks(distances(shrink(tiles.roll(1, 0)), shrink(tiles)), right).min() > 0
     # Where everything is equally near, nothing is found.
     assert ranks(torch.ones(1, 100), torch.tensor([3])).item() == 99

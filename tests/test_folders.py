@@ -34,7 +34,7 @@ def released(tmp_path_factory):
     return released_folders(tmp_path_factory.mktemp("released"))
 
 
-def picture(pipeline):
+def image(pipeline):
     return quiet(pipeline)("red dog", generator=torch.Generator().manual_seed(0), **FAST).images
 
 
@@ -171,7 +171,7 @@ def configs(released):
 
 
 def test_comfyui_checkpoints_become_a_pipeline(released, files, configs):
-    expected = picture(StableCascadePipeline.from_pretrained(released[0]))
+    expected = image(StableCascadePipeline.from_pretrained(released[0]))
     whole = StableCascadePipeline.from_single_file(
         files / "comfy_c.safetensors", files / "comfy_b.safetensors", tokenizer=released[2]["tokenizer"],
         config=configs, resolution_multiple=MULTIPLE,
@@ -179,11 +179,11 @@ def test_comfyui_checkpoints_become_a_pipeline(released, files, configs):
     missing = [name for name, part in whole.components.items() if part is None]
     assert missing == ["feature_extractor", "controlnet"]
     # Rounding may differ: tensors lie at other places in memory.
-    assert torch.allclose(picture(whole), expected, atol=1e-3)
+    assert torch.allclose(image(whole), expected, atol=1e-3)
 
 
 def test_original_files_become_a_pipeline(released, files, configs):
-    expected = picture(StableCascadePipeline.from_pretrained(released[0]))
+    expected = image(StableCascadePipeline.from_pretrained(released[0]))
     with pytest.warns(UserWarning, match=r"stage_a\.pt is a pickle file"):
         whole = StableCascadePipeline.from_single_file(
             stage_b=files / "decoder.safetensors", stage_c=files / "prior.safetensors", vqgan=files / "stage_a.pt",
@@ -191,7 +191,7 @@ def test_original_files_become_a_pipeline(released, files, configs):
             resolution_multiple=MULTIPLE,
         )  # fmt: skip
     # Rounding may differ: tensors lie at other places in memory.
-    assert torch.allclose(picture(whole), expected, atol=1e-3)
+    assert torch.allclose(image(whole), expected, atol=1e-3)
     by_folder = StableCascadePipeline.from_single_file(
         files / "comfy_b.safetensors", stage_c=files / "prior.safetensors", tokenizer=released[1],
         text_encoder=released[0], torch_dtype=torch.bfloat16, config=configs,

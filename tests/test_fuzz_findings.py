@@ -154,12 +154,12 @@ def test_learned_tokens(tmp_path, rows, words):
     refused(lambda: read_learned_embeds(tmp_path / "embeds.safetensors"), "embeds.safetensors")
 
 
-def test_small_files_of_large_pictures():
+def test_small_files_of_large_images():
     """Some kilobytes took more than a gigabyte."""
     refused(lambda: decode_image(bomb(100_001, 1000, 0, 1)), "100001 x 1000 pixels are more than 64,000,000")
 
 
-def test_pictures_that_another_program_would_read():
+def test_images_that_another_program_would_read():
     """Pillow starts Ghostscript for PostScript."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "EPS")
@@ -174,7 +174,7 @@ def test_pictures_that_another_program_would_read():
         ("QRFilter", {"dilation_kernels": [100_001]}, (1, 3, 8, 8), "odd numbers up to 127"),
         ("SoftEdgeFilter", {}, (1, 3, 1, 20_000), "up to 100 times as long as wide, this one is 1 x 20000"),
         ("CannyFilter", {"resize": None}, (1, 3, 0, 8), "at least one pixel; got (1, 3, 0, 8)"),
-        ("SoftEdgeFilter", {}, (0, 3, 8, 8), "at least one picture"),
+        ("SoftEdgeFilter", {}, (0, 3, 8, 8), "at least one image"),
         ("x" * 10**5, {}, (1, 3, 8, 8), "is unknown"),
     ],
 )  # fmt: skip
@@ -182,7 +182,7 @@ def test_filters(name, params, shape, words):
     refused(lambda: make_filter(name, params)(torch.zeros(shape), None), words)
 
 
-def test_the_gradient_of_a_picture_of_more_than_sixteen_megapixels():
+def test_the_gradient_of_an_image_of_more_than_sixteen_megapixels():
     """torch.quantile takes no more than that."""
     from stable_cascade.controls.edges import _quantile
 
@@ -258,9 +258,9 @@ def test_lora_files(tmp_path, tensors):
     assert not getattr(prior, "peft_config", {})
 
 
-def test_a_picture_given_as_a_lora_is_called_a_picture(tmp_path):
+def test_an_image_given_as_a_lora_is_called_an_image(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
-    refused(lambda: load_lora(tiny_prior(), tmp_path / "photo.png"), "photo.png' is a PNG picture, no weights")
+    refused(lambda: load_lora(tiny_prior(), tmp_path / "photo.png"), "photo.png' is a PNG image, no weights")
 
 
 @pytest.mark.parametrize(

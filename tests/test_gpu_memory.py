@@ -10,7 +10,7 @@ import torch
 
 from stable_cascade.config import LoraConfig, load_config
 from stable_cascade.estimate import estimate
-from tests.trainer_runs import settings, train, write_cascade, write_config, write_pictures
+from tests.trainer_runs import settings, train, write_cascade, write_config, write_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -43,7 +43,7 @@ def memory_of_lora(folder: Path, size: str, **changes: Any) -> tuple[int, int]:
 
     # A newly initialised prior of the released size, fitted to the tiny encoders.
     cascade = write_cascade(folder / "cascade")
-    write_pictures(cascade / "pictures.tar")
+    write_images(cascade / "images.tar")
     sizes = {"clip_text_in_channels": 32, "clip_text_pooled_in_channels": 32, "clip_image_in_channels": 24}
     with torch.device("cuda"):
         prior = StableCascadePrior(**PRESETS["prior"][size] | sizes)

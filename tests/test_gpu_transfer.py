@@ -13,7 +13,7 @@ from stable_cascade.data import index_samples, training_batches
 from stable_cascade.training import float8, loop
 from stable_cascade.transfer import to_device, to_host
 from tests.test_float8 import CLOSE, layers, relative, rows
-from tests.trainer_runs import assert_same, train, write_cascade, write_pictures
+from tests.trainer_runs import assert_same, train, write_cascade, write_images
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"), dropout=0.0)
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -58,7 +58,7 @@ def test_no_step_waits_for_the_device(tmp_path, cascade, monkeypatch, trainer):
 
 
 def test_what_a_batch_is_made_of_is_sent_without_waiting(cascade):
-    index = index_samples(str(cascade / "pictures.tar"))
+    index = index_samples(str(cascade / "images.tar"))
     given = {"image_size": 32, "batch_size": 4, "as_stored": True, "pin_memory": True}
     for workers in (0, 2):
         batch = next(training_batches(index, num_workers=workers, **given))

@@ -85,7 +85,7 @@ def test_networks_have_the_released_shapes(name, released_files):
 
 @pytest.mark.parametrize("name", ["finetune_c_3b", "finetune_b_3b", "controlnet_c_3b_canny"])
 def test_sharding_is_told_by_check_and_asked_for_by_a_launch(name, released_files):
-    """What is missing here (CLIP, the pictures) is told as well; nothing is read from a network."""
+    """What is missing here (CLIP, the images) is told as well; nothing is read from a network."""
     cls, values = guide(name)
     assert values["use_fsdp"]
     path = str(CONFIGS / f"{name}.yaml")

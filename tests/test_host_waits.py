@@ -95,7 +95,7 @@ def decoder_step():
 
 
 JUSTIFIED = {"noise.py", "prior.py: dropped = chosen", "decoder.py: draw = torch.rand"}
-"""The samples' seeds, which captions are dropped, the shrunk picture's size: drawn on the CPU and never elsewhere."""
+"""The samples' seeds, which captions are dropped, the shrunk image's size: drawn on the CPU and never elsewhere."""
 
 
 @pytest.mark.parametrize(

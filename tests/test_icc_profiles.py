@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from stable_cascade import pixels
 from stable_cascade.data.images import decode_image, decode_stored
-from stable_cascade.drawing import read_picture
+from stable_cascade.drawing import read_image
 from stable_cascade.pipelines.outputs import to_pixels
 
 D50 = (0.9642, 1.0, 0.8249)
@@ -55,7 +55,7 @@ def png(image: Image.Image, icc: bytes | None) -> bytes:
 def everywhere(data: bytes) -> list[np.ndarray]:
     """(H, W, 3) in [0, 1], as data, pipelines and commands read it."""
     pipeline = to_pixels(Image.open(io.BytesIO(data)))[0].permute(1, 2, 0).numpy()
-    command = np.asarray(read_picture(data), np.float32) / 255
+    command = np.asarray(read_image(data), np.float32) / 255
     return [decode_image(data).permute(1, 2, 0).numpy(), pipeline, command]
 
 

@@ -270,7 +270,7 @@ DAMAGED = {
     "a size": (crafted({"a": ONE | {"shape": [2**40]}}, bytes(8)), "takes 8 bytes"),
     "a gap": (crafted({"a": ONE | {"data_offsets": [8, 16]}}, bytes(16)), "overlap or leave gaps"),
     "metadata": (crafted({"a": ONE, "__metadata__": {"a": 1}}, bytes(8)), "metadata is no table of texts"),
-    "a picture": (b"\x89PNG\r\n" + bytes(99), "is a PNG picture"),
+    "an image": (b"\x89PNG\r\n" + bytes(99), "is a PNG image"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
     "a page": (b"<!DOCTYPE html><html>", "is a web page"),
     "nothing": (b"", "has 0 bytes"),

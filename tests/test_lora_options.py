@@ -16,7 +16,7 @@ from stable_cascade.adapters.layers import lora_scales_of
 from stable_cascade.config import LoraConfig, load_config
 from stable_cascade.data import index_samples, training_batches
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
-from tests.making_shards import encoded, picture, write_tar
+from tests.making_shards import encoded, image, write_tar
 from tests.test_lora import predict, randomise
 from tests.tiny_cascade import MULTIPLE, tiny_prior
 from tests.trainer_runs import (
@@ -28,7 +28,7 @@ from tests.trainer_runs import (
     trainer_main,
     write_cascade,
     write_config,
-    write_pictures,
+    write_images,
 )
 
 QUICK = {"num_preview_images": 0, "updates": 3, "multi_aspect_ratio": None}
@@ -38,7 +38,7 @@ TEXT = {"train_text_encoder": True, "text_encoder_rank": 3}
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"), dropout=0.0)
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -232,17 +232,17 @@ def test_going_on_with_the_text_encoder(tmp_path, cascade):
 # --- regularisation, masks
 
 
-def class_pictures(path, seed: int, count: int = 8):
+def class_images(path, seed: int, count: int = 8):
     members = {}
     for number in range(count):
-        members[f"{number:03}.png"] = picture(*SIZES[number % len(SIZES)], seed=seed + number)
+        members[f"{number:03}.png"] = image(*SIZES[number % len(SIZES)], seed=seed + number)
         members[f"{number:03}.txt"] = "a photo of dog"
     return str(write_tar(path, members))
 
 
 def test_regularisation_of_weight_zero_is_none(tmp_path, cascade):
-    """Whatever its pictures show, the same is learned; with a weight they matter."""
-    one, other = class_pictures(tmp_path / "one.tar", 100), class_pictures(tmp_path / "other.tar", 300)
+    """Whatever its images show, the same is learned; with a weight they matter."""
+    one, other = class_images(tmp_path / "one.tar", 100), class_images(tmp_path / "other.tar", 300)
     finals = [
         train("lora", tmp_path, cascade, experiment_id=f"run{number}", **QUICK, regularization_path=path,
               prior_loss_weight=weight)
@@ -253,7 +253,7 @@ def test_regularisation_of_weight_zero_is_none(tmp_path, cascade):
 
 
 def shaded(path, shade: int, caption: str) -> str:
-    """A shard of plain pictures near one shade."""
+    """A shard of plain images near one shade."""
     members = {}
     for number in range(8):
         members[f"{number:03}.png"] = encoded(Image.new("RGB", (32, 32), (shade, shade + 3 * number, shade)))
@@ -262,7 +262,7 @@ def shaded(path, shade: int, caption: str) -> str:
 
 
 def loss_on(config, final, shard) -> float:
-    """The mean loss on a shard's pictures after a training, under fixed noise and times."""
+    """The mean loss on a shard's images after a training, under fixed noise and times."""
     model, encoder = trained_model(config, final), factory.frozen(config, "semantic_encoder", torch.device("cpu"))
     stream = training_batches(index_samples(shard), image_size=32, batch_size=64, seed=5, bucket_factor=encoder.stride)
     batch = next(stream)
@@ -274,7 +274,7 @@ def loss_on(config, final, shard) -> float:
 
 @pytest.mark.slow
 def test_regularisation_keeps_the_class(tmp_path, cascade):
-    """White pictures are the class, black ones the subject: alone, the subject takes the class over."""
+    """White images are the class, black ones the subject: alone, the subject takes the class over."""
     white = shaded(tmp_path / "class.tar", 230, "a photo of dog")
     black = shaded(tmp_path / "subject.tar", 2, "a red photo of dog")
     changes = {**QUICK, "updates": 80, "lr": 0.01, "rank": 8, "webdataset_path": black, "batch_size": 8,
@@ -293,7 +293,7 @@ def test_masks_weigh_the_loss(tmp_path, cascade):
     def shard(name: str, shades: list[int] | None, seed: int = 0) -> dict:
         members = {}
         for number in range(6):
-            members[f"{number:03}.png"] = picture(32, 32, seed=number + (seed if number > 2 else 0))
+            members[f"{number:03}.png"] = image(32, 32, seed=number + (seed if number > 2 else 0))
             if shades is not None:
                 members[f"{number:03}.mask.png"] = encoded(Image.new("L", (32, 32), shades[number]))
             members[f"{number:03}.txt"] = "a photo of dog"

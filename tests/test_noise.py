@@ -23,7 +23,7 @@ def test_golden_pyramid(case):
     )
 
 
-def test_pyramid_levels_have_the_pictures_shape():
+def test_pyramid_levels_have_the_images_shape():
     assert d.pyramid_sizes(24, 40) == {1: (12, 20), 2: (6, 10), 3: (3, 5), 4: (1, 2)}
     assert d.pyramid_sizes(40, 24) == {level: size[::-1] for level, size in d.pyramid_sizes(24, 40).items()}
     assert d.pyramid_sizes(24, 40, square=True)[1] == (12, 12)

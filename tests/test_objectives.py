@@ -83,7 +83,7 @@ def test_events_of_different_names_are_independent():
 
 
 def test_dropped_captions_are_empty_and_the_others_kept():
-    captions = [f"picture {number}" for number in range(len(MANY))]
+    captions = [f"image {number}" for number in range(len(MANY))]
     shown = drop_captions(captions, MANY, 0.1)
     assert {shown[i] for i in range(len(MANY)) if shown[i] != captions[i]} == {""}
     assert 0.08 < shown.count("") / len(MANY) < 0.12
@@ -126,7 +126,7 @@ def test_prior_loss_of_a_batch_is_that_of_its_parts():
     assert not torch.equal(whole["loss"], prior_terms(model, slice(0, 4), caption_dropout=1.0)["loss"])
 
 
-def test_prior_sees_noised_latents_text_and_picture():
+def test_prior_sees_noised_latents_text_and_image():
     """The loss recomputed from the pieces: encode, noise, predict, square, weight."""
     prior, encoder, tokenizer = tiny_prior(dropout=0.0), tiny_text_encoder(), tiny_tokenizer()
     image = torch.randn(4, 1, 24, generator=torch.Generator().manual_seed(5))
@@ -176,9 +176,9 @@ def test_no_two_gradients_share_memory(build):
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 def test_shrunk_sides_are_multiples_of_the_stride(interpolation):
-    picture, heights = pixels(1, 96, 64), set()
+    image, heights = pixels(1, 96, 64), set()
     for step_seed in range(60):
-        small = shrink(picture, step_seed, stride=8, smallest=0.5, interpolation=interpolation)
+        small = shrink(image, step_seed, stride=8, smallest=0.5, interpolation=interpolation)
         height, width = small.shape[-2:]
         assert height % 8 == width % 8 == 0
         assert 0.5 * 96 - 8 <= height <= 96
@@ -252,14 +252,14 @@ def test_decoder_that_predicts_zero_loses_the_noise():
 
 
 def test_reconstruction_loss_values():
-    """A picture that is off by a constant d loses d + d^2 and no edges; a column that is off has an edge."""
-    picture = torch.zeros(1, 3, 4, 4)
-    assert torch.allclose(reconstruction_loss(picture + 0.5, picture), torch.tensor([0.75]))
-    assert edge_loss(picture + 0.5, picture).item() == 0
-    stripe = picture.clone()
+    """An image that is off by a constant d loses d + d^2 and no edges; a column that is off has an edge."""
+    image = torch.zeros(1, 3, 4, 4)
+    assert torch.allclose(reconstruction_loss(image + 0.5, image), torch.tensor([0.75]))
+    assert edge_loss(image + 0.5, image).item() == 0
+    stripe = image.clone()
     stripe[..., 0] = 1.0
-    assert torch.allclose(edge_loss(stripe, picture), torch.tensor([1 / 3]))
-    assert torch.allclose(reconstruction_loss(stripe, picture, square=2.0, edges=0.3), torch.tensor([0.25 * 3 + 0.1]))
+    assert torch.allclose(edge_loss(stripe, image), torch.tensor([1 / 3]))
+    assert torch.allclose(reconstruction_loss(stripe, image, square=2.0, edges=0.3), torch.tensor([0.25 * 3 + 0.1]))
     assert reconstruction_loss(pixels(), pixels()).tolist() == [0, 0, 0, 0]
 
 
@@ -306,8 +306,8 @@ def test_contrastive_loss_values():
     assert torch.allclose(contrastive_loss(Similar(known), None, captions)["loss"], (both[0] + both[1]) / 2)
 
 
-def test_pictures_with_one_caption_are_right_answers_for_each_other():
-    """With both pictures of a caption at both of its copies the loss is log 2; no better one exists."""
+def test_images_with_one_caption_are_right_answers_for_each_other():
+    """With both images of a caption at both of its copies the loss is log 2; no better one exists."""
     captions = ["dog", "dog", "snail"]
     block = 60 * torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     loss = contrastive_loss(Similar(block), None, captions)["loss"]

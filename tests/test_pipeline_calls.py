@@ -22,7 +22,7 @@ from tests.tiny_pipelines import (
     cascade,
     decoder_pipeline,
     edges,
-    pictures,
+    images,
     prior_pipeline,
     reconstruction_pipeline,
     right_half,
@@ -32,13 +32,13 @@ from tests.tiny_pipelines import (
 )
 
 
-def test_every_task_gives_the_same_picture_alone_or_in_a_batch():
-    pipeline, images, control = cascade(controlnet=tiny_controlnet()), pictures(2), edges(2)
+def test_every_task_gives_the_same_image_alone_or_in_a_batch():
+    pipeline, photos, control = cascade(controlnet=tiny_controlnet()), images(2), edges(2)
     tasks = {
-        "image to image": {"image": images, "strength": 0.6},
-        "inpainting": {"image": images, "mask_image": right_half().expand(2, -1, -1, -1)},
+        "image to image": {"image": photos, "strength": 0.6},
+        "inpainting": {"image": photos, "mask_image": right_half().expand(2, -1, -1, -1)},
         "control": {"control_image": control},
-        "all": {"image": images, "mask_image": right_half(), "control_image": control, "images": pictures(1)[0]},
+        "all": {"image": photos, "mask_image": right_half(), "control_image": control, "images": images(1)[0]},
     }
     for name, given in tasks.items():
         together = pipeline(["red dog", "snail"], **given, generator=seeds(1, 2), **FAST).images
@@ -50,15 +50,15 @@ def test_every_task_gives_the_same_picture_alone_or_in_a_batch():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_task_in_half_precision(dtype):
-    given = {"image": pictures(), "mask_image": right_half(), "control_image": edges(), "images": pictures()[0],
+    given = {"image": images(), "mask_image": right_half(), "control_image": edges(), "images": images()[0],
              "image_weights": [0.5], "strength": 0.8, "guidance_interval": (0.0, 0.5), **FOUR}  # fmt: skip
     parts = tiny_parts() | {"controlnet": tiny_controlnet()}
     exact = cascade(**parts)("red dog", generator=seeds(1), **given).images
     half = cascade(**{name: part.to(dtype) if isinstance(part, torch.nn.Module) else part
                       for name, part in parts.items()})  # fmt: skip
-    images = half("red dog", generator=seeds(1), **given).images
-    assert torch.equal(images[..., :32], pictures()[..., :32])
-    assert (images - exact).abs().mean() < 0.1
+    drawn = half("red dog", generator=seeds(1), **given).images
+    assert torch.equal(drawn[..., :32], images()[..., :32])
+    assert (drawn - exact).abs().mean() < 0.1
 
 
 def test_guidance_acts_within_its_interval(pipeline):
@@ -79,9 +79,9 @@ def test_guidance_acts_within_its_interval(pipeline):
 def test_samplers_and_shift_of_stage_c(pipeline, settings):
     scheduler = StableCascadeScheduler.from_config(PARTS["prior_scheduler"].config, **settings)
     other = cascade(prior_scheduler=scheduler)
-    call = {"prompt": ["red dog", "snail"], "image": pictures(2), "strength": 0.7, **FOUR}
+    call = {"prompt": ["red dog", "snail"], "image": images(2), "strength": 0.7, **FOUR}
     together = other(**call, generator=seeds(1, 2)).images
-    alone = other(**call | {"prompt": "snail", "image": pictures(2)[1]}, generator=seeds(2)).images
+    alone = other(**call | {"prompt": "snail", "image": images(2)[1]}, generator=seeds(2)).images
     torch.testing.assert_close(together[1], alone[0], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(together, pipeline(**call, generator=seeds(1, 2)).images, atol=1e-3)
 
@@ -99,32 +99,32 @@ def test_previews_while_it_draws(pipeline):
     shown = []
 
     def look(pipe, step, time, tensors):
-        shown.extend(pipe.preview_pictures(tensors["clean"]))
+        shown.extend(pipe.preview_images(tensors["clean"]))
 
     pipeline(["red dog", "snail"], prior_callback_on_step_end=look, generator=seeds(1, 2),
              prior_callback_on_step_end_tensor_inputs=["clean"], **FAST)  # fmt: skip
-    assert [picture.size for picture in shown] == [(48, 48)] * 4
+    assert [image.size for image in shown] == [(48, 48)] * 4
     rough = pipeline(["red dog", "snail"], preview=True, generator=seeds(1, 2), **FAST | {"output_type": "pil"}).images
     assert [np.asarray(one).tobytes() for one in shown[2:]] == [np.asarray(one).tobytes() for one in rough]
-    assert len(reconstruction_pipeline().preview_pictures(torch.zeros(1, 16, 6, 6))) == 1
-    with pytest.raises(ValueError, match=r"preview_pictures takes semantic latents \(B, 16, h, w\), not \(1, 4, 16"):
-        pipeline.preview_pictures(torch.zeros(1, 4, 16, 16))
-    with pytest.raises(ValueError, match="preview_pictures needs a previewer"):
-        cascade(previewer=None).preview_pictures(torch.zeros(1, 16, 6, 6))
+    assert len(reconstruction_pipeline().preview_images(torch.zeros(1, 16, 6, 6))) == 1
+    with pytest.raises(ValueError, match=r"preview_images takes semantic latents \(B, 16, h, w\), not \(1, 4, 16"):
+        pipeline.preview_images(torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ValueError, match="preview_images needs a previewer"):
+        cascade(previewer=None).preview_images(torch.zeros(1, 16, 6, 6))
 
 
 @pytest.mark.parametrize("compression, sides", [(None, (7, 6)), (8, (9, 8)), (16, (5, 4)), (32, (3, 2))])
 def test_reconstruction_at_any_compression(compression, sides):
-    pipeline, images = reconstruction_pipeline(), pictures(1, 72, 64)
-    assert pipeline.encode(images, compression).shape == (1, 16, *sides)
-    drawn = pipeline(images, compression=compression, num_inference_steps=1, output_type="pt").images
-    assert drawn.shape == images.shape
+    pipeline, photos = reconstruction_pipeline(), images(1, 72, 64)
+    assert pipeline.encode(photos, compression).shape == (1, 16, *sides)
+    drawn = pipeline(photos, compression=compression, num_inference_steps=1, output_type="pt").images
+    assert drawn.shape == photos.shape
 
 
-def test_reconstruction_of_pictures_of_any_size():
+def test_reconstruction_of_images_of_any_size():
     pipeline = reconstruction_pipeline()
-    assert pipeline(pictures(1, 70, 97), num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 96)
-    assert pipeline(pictures(), height=96, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 96, 96)
+    assert pipeline(images(1, 70, 97), num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 96)
+    assert pipeline(images(), height=96, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 96, 96)
 
 
 def test_keywords_of_diffusers():
@@ -165,8 +165,8 @@ def test_offloading_leaves_no_gap_between_the_networks_that_every_call_runs():
 def test_offloaded_networks_do_every_task():
     from accelerate import cpu_offload
 
-    given = {"image": pictures(), "mask_image": right_half(), "control_image": [edges(), edges(seed=1)],
-             "images": pictures()[0], **FAST}  # fmt: skip
+    given = {"image": images(), "mask_image": right_half(), "control_image": [edges(), edges(seed=1)],
+             "images": images()[0], **FAST}  # fmt: skip
     nets = [tiny_controlnet(), tiny_controlnet(seed=1)]
     expected = cascade(**tiny_parts(), controlnet=nets)("red dog", generator=seeds(1), **given).images
     pipeline = cascade(**tiny_parts(), controlnet=nets)

@@ -25,7 +25,7 @@ from tests.tiny_pipelines import (
 )
 
 
-def test_a_controlnet_changes_the_picture_as_much_as_its_scale_says(controlled, pipeline):
+def test_a_controlnet_changes_the_image_as_much_as_its_scale_says(controlled, pipeline):
     latent = FAST | {"output_type": "latent"}
     plain = pipeline("red dog", generator=seeds(1), **latent).images
     call = {"prompt": "red dog", "control_image": edges(), **latent}
@@ -89,7 +89,7 @@ def test_start_and_end_of_a_controlnet(controlled, start, end, steps):
 
 
 def test_control_images_of_any_size_and_shape(controlled):
-    """They are brought to the size at which the ControlNet saw pictures in training."""
+    """They are brought to the size at which the ControlNet saw images in training."""
     assert controlled.control_size(64, 64) == (48, 48)
     assert controlled.control_size() == (48, 48)
     assert controlled.control_size(72, 104) == (54, 78)

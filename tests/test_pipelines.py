@@ -33,7 +33,7 @@ from tests.tiny_pipelines import (
 )
 
 
-def test_pictures_in_every_form(pipeline):
+def test_images_in_every_form(pipeline):
     images = {kind: pipeline("red dog", generator=seeds(0)[0], **FAST | {"output_type": kind}).images
               for kind in ("pil", "np", "pt", "latent")}  # fmt: skip
     assert images["pt"].shape == (1, 3, 64, 64)
@@ -46,7 +46,7 @@ def test_pictures_in_every_form(pipeline):
     assert torch.equal(pipeline("red dog", generator=seeds(0)[0], return_dict=False, **FAST), images["pt"])
 
 
-def test_a_generator_per_image_gives_the_same_picture_alone_or_in_a_batch(pipeline):
+def test_a_generator_per_image_gives_the_same_image_alone_or_in_a_batch(pipeline):
     prompts = ["red dog", "a photo of snails", ""]
     together = pipeline(prompts, generator=seeds(1, 2, 3), **FAST).images
     for i, prompt in enumerate(prompts):
@@ -124,14 +124,14 @@ def test_no_guidance_runs_half_the_batch(pipeline):
     assert sizes == [4, 4, 2, 2]
 
 
-def test_reference_pictures(pipeline):
-    picture = Image.fromarray(np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3))
+def test_reference_images(pipeline):
+    image = Image.fromarray(np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3))
     plain = pipeline("red dog", generator=seeds(1), **FAST).images
-    shown = pipeline("red dog", images=[picture], generator=seeds(1), **FAST).images
+    shown = pipeline("red dog", images=[image], generator=seeds(1), **FAST).images
     assert not torch.allclose(shown, plain)
     from stable_cascade.pipelines.prompts import embed_images
 
-    embeds = embed_images([picture], PARTS["image_encoder"], torch.device("cpu"), count=1)
+    embeds = embed_images([image], PARTS["image_encoder"], torch.device("cpu"), count=1)
     assert torch.equal(pipeline("red dog", image_embeds=embeds[0], generator=seeds(1), **FAST).images, shown)
 
 
@@ -192,16 +192,16 @@ def test_half_precision_keeps_state_and_times_in_float32(dtype):
 
 def test_reconstruction():
     pipeline = reconstruction_pipeline()
-    pictures = torch.rand(2, 3, 72, 64, generator=seeds(0)[0])
-    assert pipeline.encode(pictures).shape == (2, 16, 7, 6)
-    images = pipeline(pictures, num_inference_steps=2, generator=seeds(1, 2), output_type="pt").images
-    assert images.shape == pictures.shape
-    pil = [Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for picture in pictures]
+    photos = torch.rand(2, 3, 72, 64, generator=seeds(0)[0])
+    assert pipeline.encode(photos).shape == (2, 16, 7, 6)
+    images = pipeline(photos, num_inference_steps=2, generator=seeds(1, 2), output_type="pt").images
+    assert images.shape == photos.shape
+    pil = [Image.fromarray((photo.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for photo in photos]
     again = pipeline(pil, num_inference_steps=2, generator=seeds(1, 2), output_type="pt").images
     assert torch.allclose(again, images, atol=0.05)
-    alone = pipeline(pictures[1:], num_inference_steps=2, generator=seeds(2), output_type="pt").images
+    alone = pipeline(photos[1:], num_inference_steps=2, generator=seeds(2), output_type="pt").images
     assert torch.allclose(alone[0], images[1], atol=1e-4)
-    assert pipeline(pictures, preview=True, output_type="pt").images.shape == (2, 3, 56, 48)
+    assert pipeline(photos, preview=True, output_type="pt").images.shape == (2, 3, 56, 48)
 
 
 def test_decoder_derives_the_size_from_the_latents():
@@ -253,7 +253,7 @@ def diffusers_networks() -> dict:
     return theirs
 
 
-def test_diffusers_pictures_with_diffusers_conventions():
+def test_diffusers_images_with_diffusers_conventions():
     """Theirs: the network is told t, no shift, no rescaling, and the result is the state after the last step."""
     import diffusers
 
@@ -495,5 +495,5 @@ def test_missing_parts_are_named(tmp_path):
         reconstruction_pipeline()([torch.rand(3, 64, 64), torch.rand(3, 72, 64)])
     with pytest.raises(ValueError, match="image_embeddings are"):
         decoder_pipeline()(torch.zeros(16, 6, 6))
-    with pytest.raises(ValueError, match="prompt has 2 entries for 3 pictures"):
+    with pytest.raises(ValueError, match="prompt has 2 entries for 3 images"):
         decoder_pipeline()(torch.zeros(3, 16, 6, 6), ["a", "b"])

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "embedded" / "evalua
 MOST_LOST = {"bfloat16": 1.0, "float16": 2.0, "int8": 1.0, "int4": 2.0}
 """dB of PSNR against float32: for the halves what is promised, for few bits what was found and some more."""
 LEAST_ALIKE = {"bfloat16": 35, "float16": 45, "int8": 35, "int4": 18}
-"""dB between a form's pictures and float32's, from the same seeds."""
+"""dB between a form's images and float32's, from the same seeds."""
 EXTREMES = ["", "apple " * 400, "🍎" * 50, "(red apple:10)"]
 
 
@@ -52,7 +52,7 @@ def seed(number=0):
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "float16", "int8"])
-def test_pictures_are_as_good_as_float32s(precision, small, exact, form):
+def test_images_are_as_good_as_float32s(precision, small, exact, form):
     row = precision.measure(form, small, exact)
     print(precision.table({"float32": exact, form: row}))
     assert row["not_finite"] == 0
@@ -69,7 +69,7 @@ def everything(precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", MOST_LOST)
-def test_two_hundred_pictures_are_as_good_as_float32s(precision, everything, form):
+def test_two_hundred_images_are_as_good_as_float32s(precision, everything, form):
     row = precision.measure(form, *everything)
     assert row["not_finite"] == 0
     assert row["rebuilt_loss"] <= MOST_LOST[form] / 2
@@ -138,7 +138,7 @@ def grow(model, how, factor, inputs):
     ("branches", 3e4, True), ("modulation", 6e4, True), ("modulation", 6e4, False),
 ])  # fmt: skip
 def test_float16_is_exact_where_the_image_leaves_its_range(how, factor, plain):
-    """The released prior's last blocks do this, and plain float16 gives black pictures.
+    """The released prior's last blocks do this, and plain float16 gives black images.
 
     Layers that are not plain (adapters, quantised weights, offloading) return float16, the image still is float32.
     """

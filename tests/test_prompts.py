@@ -124,7 +124,7 @@ def test_words_beyond_the_first_window_act(pipeline):
 # A batch of prompts of different lengths
 
 
-def test_a_picture_does_not_depend_on_the_length_of_its_neighbours(pipeline):
+def test_an_image_does_not_depend_on_the_length_of_its_neighbours(pipeline):
     prompts, negatives = [SHORT, LONGER, LONG], ["", "", "photo " * (ROOM + 1)]
     together = pipeline(prompts, negative_prompt=negatives, generator=seeds(1, 2, 3), **FAST).images
     for i in range(3):
@@ -169,7 +169,7 @@ def test_padded_text_of_the_prior_equals_shorter_text():
 # encode_prompt
 
 
-def test_embeddings_of_a_prompt_give_its_picture(pipeline):
+def test_embeddings_of_a_prompt_give_its_image(pipeline):
     for prompts, negatives in ((SHORT, None), ([SHORT, LONGER], "snail"), ([LONG, SHORT], ["", LONGER])):
         count = len(prompts) if isinstance(prompts, list) else 1
         expected = pipeline(prompts, negative_prompt=negatives, generator=seeds(*range(count)), **FAST).images
@@ -305,7 +305,7 @@ def test_weights_reach_the_second_window(pipeline):
     assert far.sum() - far.max() < 1e-4
 
 
-def test_heavier_words_change_the_picture_more():
+def test_heavier_words_change_the_image_more():
     """On the embedded cascade: Stage C's latents leave the unweighted ones the further, the heavier a word is."""
     from stable_cascade.embedded import embedded_path
 

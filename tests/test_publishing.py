@@ -121,7 +121,7 @@ def test_card_of_a_whole_network(tmp_path, kind, make, line):
 
 def test_card_shows_the_last_sheet(tmp_path, lora):
     folder = shutil.copytree(lora, tmp_path / "runs/ink/final")
-    rows = [("pictures", torch.zeros(2, 3, 32, 32)), ("samples", torch.ones(2, 3, 32, 32) * 0.5)]
+    rows = [("images", torch.zeros(2, 3, 32, 32)), ("samples", torch.ones(2, 3, 32, 32) * 0.5)]
     for step in (10, 20):
         preview_sheet(rows, tmp_path / f"out/ink/step-{step:08d}.png", captions=["a cat", "an [ink] owl"], cell=96)
     (tmp_path / "runs/ink/step-00000020").mkdir()

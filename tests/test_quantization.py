@@ -18,7 +18,7 @@ from stable_cascade.adapters.quantized import QuantizedLinear, quantizable
 from stable_cascade.embedded import embedded_path
 from tests.test_lora import inputs, predict, randomise
 from tests.tiny_cascade import tiny_parts, tiny_prior
-from tests.trainer_runs import settings, tensors, train, trainer_main, write_cascade, write_config, write_pictures
+from tests.trainer_runs import settings, tensors, train, trainer_main, write_cascade, write_config, write_images
 
 NF4 = pytest.param("nf4", marks=pytest.mark.slow)  # bitsandbytes alone takes seconds to import
 FORMS = ["int8", "int4", NF4]
@@ -202,7 +202,7 @@ def test_refusals(monkeypatch):
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"))
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 

@@ -8,19 +8,19 @@ import pytest
 
 from stable_cascade.config import run_main
 from tests.making_shards import undecodable, write_tar
-from tests.trainer_runs import settings, trainer_main, write_cascade, write_config, write_pictures
+from tests.trainer_runs import settings, trainer_main, write_cascade, write_config, write_images
 
 
 @pytest.fixture(scope="module")
 def unreadable(tmp_path_factory):
     """A cascade whose weights files are damaged: whoever reads one fails in another way."""
     folder = write_cascade(tmp_path_factory.mktemp("unreadable"))
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     write_tar(folder / "texts.tar", {"000.txt": "a dog", "001.txt": "a snail"})
     write_tar(folder / "broken.tar", {f"{i:03}.{end}": undecodable() if end == "png" else "a dog"
                                       for i in range(4) for end in ("png", "txt")})  # fmt: skip
     (folder / "no_tar.tar").write_bytes(b"these are not the bytes of a tar" * 100)
-    whole = (folder / "pictures.tar").read_bytes()
+    whole = (folder / "images.tar").read_bytes()
     (folder / "cut.tar").write_bytes(whole[: len(whole) // 2])
     for file in folder.rglob("*.safetensors"):
         file.write_bytes(b"damaged")
@@ -54,8 +54,8 @@ MISTAKES = {
     "batch that does not divide": ({"batch_size": 5}, ["batch_size", "5", "grad_accum_steps 2", "nearest: 4"]),
     "rank 0": ({"rank": 0}, ["rank", "0", "at least 1"]),
     "missing shard": (
-        {"webdataset_path": "{cascade}/picture.tar"},
-        ["webdataset_path", "picture.tar", "pictures.tar"],
+        {"webdataset_path": "{cascade}/image.tar"},
+        ["webdataset_path", "image.tar", "images.tar"],
     ),
     "missing folder": ({"pretrained_model_name_or_path": "{cascade}/x"}, ["pretrained_model_name_or_path", "/x'"]),
     "missing network": ({"effnet_checkpoint_path": "{cascade}/e.pt"}, ["effnet_checkpoint_path", "e.pt", "folder"]),

@@ -11,7 +11,7 @@ from stable_cascade import bounds
 from stable_cascade.adapters import load_lora, read_learned_embeds
 from stable_cascade.config import LoraConfig, load_config
 from stable_cascade.data.prepare import prepare_shards
-from stable_cascade.drawing import read_drawing, read_picture
+from stable_cascade.drawing import read_drawing, read_image
 from stable_cascade.files import lora
 from stable_cascade.files.detection import describe
 from stable_cascade.files.headers import read_header
@@ -33,8 +33,8 @@ def prepared(path):
 
 
 READERS = {
-    "picture": read_picture,
-    "settings of a picture": read_drawing,
+    "image": read_image,
+    "settings of an image": read_drawing,
     "json": read_json,
     "header": read_header,
     "weights": read_weights,
@@ -74,12 +74,12 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path, reader, kind, ending):
     assert "\n" not in str(found[0])
 
 
-def test_extreme_shapes_are_refused_wherever_a_picture_comes_in(tmp_path):
+def test_extreme_shapes_are_refused_wherever_an_image_comes_in(tmp_path):
     thin = Image.new("RGB", (4000, 2))
     thin.save(tmp_path / "thin.png")
     told = f"one side may be at most {bounds.LONGEST_SHAPE} times the other"
     with pytest.raises(ValueError, match=told):
-        read_picture(tmp_path / "thin.png")
+        read_image(tmp_path / "thin.png")
     for form in (thin, torch.zeros(3, 2, 4000)):
         with pytest.raises(ValueError, match=told):
             to_pixels(form)

@@ -16,9 +16,9 @@ from stable_cascade.data import index_samples
 from stable_cascade.training.folders import LOCK, check_run_folders, held, rotate, set_aside, sweep
 from stable_cascade.training.processes import StopRequest
 from stable_cascade.training.tracking import LogFile, check_launch, trackers_of
-from tests.making_shards import picture, write_tar
+from tests.making_shards import image, write_tar
 from tests.toy_run import make_accelerator, saved, toy_config, toy_train
-from tests.trainer_runs import settings, train, trainer_main, write_cascade, write_config, write_pictures
+from tests.trainer_runs import settings, train, trainer_main, write_cascade, write_config, write_images
 
 FOREIGN = ["step-00000002-good", "step-best", "step-last", "step-2", "my-step-00000002", "backup-old"]
 
@@ -226,11 +226,11 @@ def test_fsdp_over_processes_without_accelerators_is_told_as_such(tmp_path, monk
 def shard(path, seeds, caption="a fox"):
     members = {}
     for number, seed in enumerate(seeds):
-        members |= {f"{number:04}.png": picture(seed=seed), f"{number:04}.txt": caption}
+        members |= {f"{number:04}.png": image(seed=seed), f"{number:04}.txt": caption}
     return write_tar(path, members)
 
 
-def test_content_is_known_by_pictures_and_captions_not_by_place(tmp_path):
+def test_content_is_known_by_images_and_captions_not_by_place(tmp_path):
     def content(path):
         return index_samples(str(path), cache_dir=str(tmp_path / "cache")).content
 
@@ -240,27 +240,27 @@ def test_content_is_known_by_pictures_and_captions_not_by_place(tmp_path):
         key: value for key, value in one.items() if key != "some"
     }
     swapped = content(shard(tmp_path / "swapped.tar", [2, 1, 3]))
-    assert swapped["pictures"] == one["pictures"]
+    assert swapped["images"] == one["images"]
     assert swapped["order"] != one["order"]
     retold = content(shard(tmp_path / "retold.tar", [1, 2, 3], "a cat"))
     assert retold["order"] == one["order"]
     assert retold["all"] != one["all"]
-    assert content(shard(tmp_path / "other.tar", [1, 2, 4]))["pictures"] != one["pictures"]
+    assert content(shard(tmp_path / "other.tar", [1, 2, 4]))["images"] != one["images"]
 
 
 def data(seeds, caption="a fox", folder="a"):
     some = {f"{folder}.tar/{number}": f"{seed:016x}" for number, seed in enumerate(seeds)}
     order = ".".join(map(str, seeds))
-    pictures = ".".join(map(str, sorted(seeds)))
-    return {"samples": len(seeds), "pictures": pictures, "order": order, "all": order + caption, "some": some}
+    images = ".".join(map(str, sorted(seeds)))
+    return {"samples": len(seeds), "images": images, "order": order, "all": order + caption, "some": some}
 
 
 @pytest.mark.parametrize(
     ("now", "message"),
     [
         (data([1, 2]), r"3 samples then, 2 now \(not found again: 'a.tar/2'\)"),
-        (data([1, 2, 4]), r"other pictures among them \(not found again: 'a.tar/2'\)"),
-        (data([2, 1, 3]), r"the same pictures in another order; name the shards as before"),
+        (data([1, 2, 4]), r"other images among them \(not found again: 'a.tar/2'\)"),
+        (data([2, 1, 3]), r"the same images in another order; name the shards as before"),
         (data([1, 2, 3], "a cat"), "other captions or masks"),
     ],
 )
@@ -317,7 +317,7 @@ def test_tokens_that_no_caption_contains_are_an_error_at_the_start(tmp_path, toy
 def test_captions_longer_than_the_encoder_reads_are_counted(tmp_path, toy_cascade, capsys):
     write_tar(
         tmp_path / "long.tar",
-        {"0.png": picture(seed=1), "0.txt": "a fox", "1.png": picture(seed=2), "1.txt": "a fox " * 60},
+        {"0.png": image(seed=1), "0.txt": "a fox", "1.png": image(seed=2), "1.txt": "a fox " * 60},
     )
     values = settings("lora", tmp_path, toy_cascade, webdataset_path=str(tmp_path / "long.tar"), train_tokens=None)
     config = write_config(tmp_path / "run.yaml", values)
@@ -329,5 +329,5 @@ def test_captions_longer_than_the_encoder_reads_are_counted(tmp_path, toy_cascad
 @pytest.fixture(scope="module")
 def toy_cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"))
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder

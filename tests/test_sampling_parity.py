@@ -1,4 +1,4 @@
-"""Text to pictures equals diffusers' pipelines with the same weights and noise, when its conventions are asked for.
+"""Text to images equals diffusers' pipelines with the same weights and noise, when its conventions are asked for.
 
 These are: no shift, no rescaled guidance, the network told the time itself, no noise in the last step, and the state
 after the last step as the result where ours is its clean prediction.
@@ -85,7 +85,7 @@ def last_state(seen):
 
 
 def our_run(pipeline, prompts, *, steps=STEPS, **settings):
-    """Stage C's latents, Stage B's and the pictures."""
+    """Stage C's latents, Stage B's and the images."""
     semantic, vq = [], []
     images = pipeline(
         prompts, guidance_rescale=0.0, output_type="pt", **steps, **settings,
@@ -112,7 +112,7 @@ def their_run(
 
 
 def assert_equal(ours, theirs):
-    """Latents by their largest value, which untrained networks make large; pictures as they are."""
+    """Latents by their largest value, which untrained networks make large; images as they are."""
     for name, one, two in zip(("semantic latents", "VQ latents"), ours, theirs, strict=False):
         assert (one - two).abs().max() <= TOLERANCE * max(1, two.abs().max()), name
     assert (ours[2] - theirs[2]).abs().max() <= TOLERANCE
@@ -121,7 +121,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("prior_scale, scale", [(4.0, 1.1), (4.0, 0.0), (1.0, 0.0)])
 @pytest.mark.parametrize("height, width", [(64, 64), (128, 64)])
-def test_both_stages_and_pictures(tiny, prior_scale, scale, height, width):
+def test_both_stages_and_images(tiny, prior_scale, scale, height, width):
     ours, first, second, _ = tiny
     prompts, negative = ["red dog", "a photo of snails"], ["snail", ""]
     scales = {"prior_guidance_scale": prior_scale, "decoder_guidance_scale": scale}
@@ -172,7 +172,7 @@ def test_the_two_stages_apart(tiny):
 
 
 def test_each_convention_matters(tiny):
-    """With any one of ours instead, the pictures differ by far more than the tolerance."""
+    """With any one of ours instead, the images differ by far more than the tolerance."""
     ours, first, second, _ = tiny
     scales = {"prior_guidance_scale": 4.0, "decoder_guidance_scale": 1.1, "height": 64, "width": 64}
     theirs = their_run(first, second, "red dog", generator=seed(), **scales)[0]

@@ -1,4 +1,4 @@
-"""StableCascadeScheduler: the original's trajectories, diffusers' scheduler, and one picture alone or in a batch."""
+"""StableCascadeScheduler: the original's trajectories, diffusers' scheduler, and one image alone or in a batch."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_own_config_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_a_picture_alone_is_the_picture_in_a_batch(sampler):
+def test_an_image_alone_is_the_image_in_a_batch(sampler):
     scheduler, start = StableCascadeScheduler(shift=2.0, sampler=sampler), start_of()
     together = sample(scheduler, start, [seeded(i) for i in range(4)]).pred_original_sample
     for i in range(4):

@@ -46,7 +46,7 @@ def pipelines():
 def check(images, height, width):
     assert images.shape == (1, 3, height, width)
     assert images.isfinite().all()
-    assert images.std() > 0.01, "a blank picture"
+    assert images.std() > 0.01, "a blank image"
 
 
 def gradient(height, width, mode="RGB"):
@@ -73,12 +73,12 @@ def test_upright(pipelines, side, shape):
 
 @pytest.mark.parametrize("multiple", [RELEASED, EMBEDDED])
 @pytest.mark.parametrize("side, shape", FEW)
-def test_from_a_picture_and_with_control(pipelines, side, shape, multiple):
+def test_from_an_image_and_with_control(pipelines, side, shape, multiple):
     height, width = height_of(side, shape), side
-    picture, mask = gradient(height, width), gradient(height, width, "L")
+    image, mask = gradient(height, width), gradient(height, width, "L")
     pipeline = pipelines[multiple]
-    drawn = draw(pipeline, height, width, image=picture, strength=0.5)
-    assert not torch.equal(drawn, draw(pipeline, height, width, image=picture, mask_image=mask))
+    drawn = draw(pipeline, height, width, image=image, strength=0.5)
+    assert not torch.equal(drawn, draw(pipeline, height, width, image=image, mask_image=mask))
     plain = draw(pipeline, height, width)
     assert not torch.equal(plain, draw(pipeline, height, width, control_image=gradient(height, width, "L")))
 

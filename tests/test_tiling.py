@@ -1,4 +1,4 @@
-"""Stage A in tiles is Stage A: the same pictures and latents, with memory for one tile."""
+"""Stage A in tiles is Stage A: the same images and latents, with memory for one tile."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_spans_cover_everything_once(margin):
 
 
 def test_memory_is_that_of_a_tile():
-    """The largest tensor, and the sum of those that live at one time, do not grow with the picture."""
+    """The largest tensor, and the sum of those that live at one time, do not grow with the image."""
     from stable_cascade.estimate.memory import peak_bytes
 
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def test_memory_is_that_of_a_tile():
         latents = torch.empty(rows, 4, side // 4, side // 4, device="meta")
         with torch.no_grad():
             taken = peak_bytes(lambda: model.decode(latents).sample, model.parameters())
-        return taken - rows * 3 * side**2 * 4  # beside the pictures themselves
+        return taken - rows * 3 * side**2 * 4  # beside the images themselves
 
     model.disable_tiling()
     one, larger = peak(256), peak(512, 2)
@@ -102,7 +102,7 @@ def test_memory_is_that_of_a_tile():
     assert peak(768) < 1.2 * one
 
 
-def test_large_pictures_are_tiled_without_being_asked(monkeypatch):
+def test_large_images_are_tiled_without_being_asked(monkeypatch):
     model = made()
     seen = shapes_seen(model, "_decode", monkeypatch)
     monkeypatch.setattr(vqgan, "WHOLE_BELOW", 2 * 64 * 64)
@@ -148,7 +148,7 @@ def test_pipelines_and_the_session_pass_it_on():
     from stable_cascade.drawing import Session
     from stable_cascade.pipelines.habits import VAETilingMixin
 
-    pictures, kept = [], []
+    images, kept = [], []
     for tiling_ in (None, True, False):
         session = Session(tiling=tiling_)
         drawing = session.drawing(prompt="a fox", height=128, width=96, prior_num_inference_steps=1,
@@ -157,11 +157,11 @@ def test_pipelines_and_the_session_pass_it_on():
         if tiling_:
             side = least_side(session.pipeline.vqgan) + 16
             session.pipeline.enable_vae_tiling(side, side)
-        pictures.append(torch.tensor(list(session.draw(drawing)[0].picture.tobytes()), dtype=torch.int16))
+        images.append(torch.tensor(list(session.draw(drawing)[0].image.tobytes()), dtype=torch.int16))
         kept.append(session.pipeline.vqgan.use_tiling)
     assert kept == [None, True, False]
-    assert torch.equal(pictures[0], pictures[2])
-    assert (pictures[1] - pictures[0]).abs().max() <= 1
+    assert torch.equal(images[0], images[2])
+    assert (images[1] - images[0]).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("words", "wanted"), [([], None), (["--tiling"], True), (["--no-tiling"], False)])

@@ -23,7 +23,7 @@ from stable_cascade.training import preview_sheet
 from stable_cascade.training.sheets import sheet_images
 from tests.test_data_remote import RangeHandler, server  # noqa: F401
 from tests.toy_run import toy_config, toy_train
-from tests.trainer_runs import ROOT, write_pictures
+from tests.trainer_runs import ROOT, write_images
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def offline(tmp_path, monkeypatch):
 
 def draw(folder: Path, model, step: int, ema) -> list[Path]:
     """A sheet of two rows whose second says which step it is."""
-    rows = [("pictures", torch.zeros(2, 3, 32, 32)), ("samples", torch.full((2, 3, 32, 32), step / 255))]
+    rows = [("images", torch.zeros(2, 3, 32, 32)), ("samples", torch.full((2, 3, 32, 32), step / 255))]
     return [preview_sheet(rows, folder / f"step-{step:08d}.png", captions=["a red cat", "an owl"], cell=96)]
 
 
@@ -93,7 +93,7 @@ def key_of(item) -> str:
     return item.key or "/".join(item.nested_key)
 
 
-def test_wandb_has_figures_sheets_and_a_table_of_pictures(tmp_path, offline):
+def test_wandb_has_figures_sheets_and_a_table_of_images(tmp_path, offline):
     config = toy_config(tmp_path, tracker="wandb", wandb_project="toy", updates=8)
     toy_train(config, preview_fn=draw)
     history = [
@@ -107,13 +107,13 @@ def test_wandb_has_figures_sheets_and_a_table_of_pictures(tmp_path, offline):
     for values, line in zip([values for values in history if "loss" in values], lines, strict=True):
         for middle, loss in line["loss_by_log_snr"].items():
             assert values[f"loss_by_log_snr/{middle}"] == loss
-    tables, pictures = table_artifacts(tmp_path)
+    tables, images = table_artifacts(tmp_path)
     assert sorted(tables) == [4, 8]
-    assert tables[8]["columns"] == ["step", "prompt", "row", "picture"]
+    assert tables[8]["columns"] == ["step", "prompt", "row", "image"]
     assert [row[:3] for row in tables[8]["data"]] == [
-        [8, "a red cat", "pictures"], [8, "an owl", "pictures"], [8, "a red cat", "samples"], [8, "an owl", "samples"],
+        [8, "a red cat", "images"], [8, "an owl", "images"], [8, "a red cat", "samples"], [8, "an owl", "samples"],
     ]  # fmt: skip
-    shown = Image.open(pictures[tables[8]["data"][2][3]["path"]])
+    shown = Image.open(images[tables[8]["data"][2][3]["path"]])
     assert shown.size == (96, 96)
     assert shown.convert("RGB").getpixel((48, 48)) == (8, 8, 8)
     media = {key.removesuffix("/_type"): kind for key, kind in history[-1].items() if key.endswith("/_type")}
@@ -142,12 +142,12 @@ def test_tensorboard_has_figures_and_images(tmp_path):
     assert [event.step for event in events.Images("loss_by_noise")] == [4, 8]
 
 
-def test_sheet_gives_its_pictures_back(tmp_path):
-    rows = [("pictures", torch.zeros(2, 3, 16, 16)), ("samples", torch.ones(1, 3, 16, 16))]
+def test_sheet_gives_its_images_back(tmp_path):
+    rows = [("images", torch.zeros(2, 3, 16, 16)), ("samples", torch.ones(1, 3, 16, 16))]
     path = preview_sheet(rows, tmp_path / "sheet.png", captions=["ein Bär", "b"], cell=96)
     found = [(entry.row, entry.caption, entry.image.getcolors()) for entry in sheet_images(path)]
     black, white = [(96 * 96, (0, 0, 0))], [(96 * 96, (255, 255, 255))]
-    assert found == [("pictures", "ein Bär", black), ("pictures", "b", black), ("samples", "ein Bär", white)]
+    assert found == [("images", "ein Bär", black), ("images", "b", black), ("samples", "ein Bär", white)]
     Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
     assert sheet_images(tmp_path / "other.png") == []
 
@@ -244,8 +244,8 @@ def arguments_of(folder: Path, place: str, **changes) -> list[str]:
 @pytest.mark.slow
 def test_no_file_and_no_line_of_a_training_holds_a_credential(tmp_path, server):  # noqa: F811
     """A training as its own process, from a signed address given on the command line; then it is resumed."""
-    write_pictures(server.folder / "pictures.tar")
-    place = f"http://127.0.0.1:{server.server_port}/pictures.tar"
+    write_images(server.folder / "images.tar")
+    place = f"http://127.0.0.1:{server.server_port}/images.tar"
     written = tmp_path / "written"
     written.mkdir()
     environment = {
@@ -262,7 +262,7 @@ def test_no_file_and_no_line_of_a_training_holds_a_credential(tmp_path, server):
         return done.stdout + done.stderr
 
     told = run(SECRETS[1], 2)
-    assert "samples is pictures.tar/000" in told
+    assert "samples is images.tar/000" in told
     told += run(f"{SECRETS[1]}-renewed", 3)
     assert "resuming after step 2" in told
     record = yaml.safe_load((written / "runs/run/step-00000003/config.yaml").read_text())

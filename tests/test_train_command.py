@@ -16,13 +16,13 @@ import yaml
 from stable_cascade.cli.main import main
 from stable_cascade.trainers import CONFIGS
 from stable_cascade.trainers.launch import launch_arguments, launch_configs, run_launch
-from tests.trainer_runs import ROOT, assert_same, settings, train, write_cascade, write_config, write_pictures
+from tests.trainer_runs import ROOT, assert_same, settings, train, write_cascade, write_config, write_images
 
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"))
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 

@@ -32,7 +32,7 @@ from tests.trainer_runs import (
     trainer_main,
     write_cascade,
     write_config,
-    write_pictures,
+    write_images,
 )
 from tests.two_processes import launch_two
 
@@ -44,7 +44,7 @@ quiet = partial(tqdm, disable=True)
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"))
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -332,7 +332,7 @@ def test_two_processes_equal_one(tmp_path, cascade):
 
 @pytest.mark.slow
 def test_embedded_config_trains(tmp_path):
-    """A few steps of the example's config, on the pictures of the repository."""
+    """A few steps of the example's config, on the images of the repository."""
     config = str(ROOT / "examples/configs/controlnet_embedded.yaml")
     changes = {"webdataset_path": ROOT / "examples/data/ink_emoji.tar", "checkpoint_path": tmp_path / "runs",
                "output_path": tmp_path / "out", "updates": 2, "batch_size": 4, "num_preview_images": 2}  # fmt: skip

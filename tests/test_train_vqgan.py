@@ -26,7 +26,7 @@ from stable_cascade.objectives.vqgan import (
 )
 from stable_cascade.trainers.vqgan import CodebookRevival, numbered
 from tests.tiny_cascade import VQGAN, seeded
-from tests.trainer_runs import ROOT, assert_same, settings, train, trainer_main, write_config, write_pictures
+from tests.trainer_runs import ROOT, assert_same, settings, train, trainer_main, write_config, write_images
 from tests.two_processes import launch_two
 
 SHORT = {
@@ -41,12 +41,12 @@ one, and without clipping, a step also shows a gradient that is right but for it
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Stage A to start from, and pictures."""
+    """A tiny Stage A to start from, and images."""
     folder = tmp_path_factory.mktemp("stage_a")
     vqgan = new_vqgan()
     prepare_new(vqgan, pixels(8), seed=0)
     vqgan.save_pretrained(folder / "vqgan")
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -91,17 +91,17 @@ def test_loss_is_the_sum_worked_out_by_hand():
     assert torch.allclose(rebuilt.codebook, distance)
     assert torch.allclose(rebuilt.commitment, distance)
     given = torch.where(CODED[:, None, None, None], codes, latents)
-    pictures = vqgan.decode(given).sample
-    assert torch.allclose(rebuilt.pictures, pictures, atol=1e-6)
-    real, fake = model.discriminator(x), model.discriminator(pictures)
+    images = vqgan.decode(given).sample
+    assert torch.allclose(rebuilt.images, images, atol=1e-6)
+    real, fake = model.discriminator(x), model.discriminator(images)
     judging = ((1 - real).clamp_min(0).mean((1, 2, 3)) + (1 + fake).clamp_min(0).mean((1, 2, 3))) / 2
-    total = reconstruction_loss(pictures, x) + distance - 0.2 * fake.mean((1, 2, 3)) + judging
+    total = reconstruction_loss(images, x) + distance - 0.2 * fake.mean((1, 2, 3)) + judging
     assert torch.allclose(terms["loss"], total, atol=1e-5)
-    assert torch.allclose(terms["reconstruction"], reconstruction_loss(pictures, x), atol=1e-5)
+    assert torch.allclose(terms["reconstruction"], reconstruction_loss(images, x), atol=1e-5)
 
 
 def test_codebook_and_commitment_reach_their_own_side():
-    """Codes get the gradient of the codebook loss alone, the encoder that of the commitment and the picture."""
+    """Codes get the gradient of the codebook loss alone, the encoder that of the commitment and the image."""
     model, x = make_model(), pixels()
     table = model.vqgan.vquantizer.embedding.weight
     rebuilt = model(x, CODED)
@@ -126,7 +126,7 @@ def test_codes_pass_the_gradient_straight_through():
     codes = model.vqgan.vquantizer(latents.detach()).latents.detach().requires_grad_()
     model.vqgan.decode(codes).sample.square().sum().backward()
     (wanted,) = torch.autograd.grad(latents, x, codes.grad)
-    (found,) = torch.autograd.grad(model(x, torch.ones(4, dtype=torch.bool)).pictures.square().sum(), x)
+    (found,) = torch.autograd.grad(model(x, torch.ones(4, dtype=torch.bool)).images.square().sum(), x)
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_gradients_of_the_two_networks_are_disjoint():
     rebuilt = model(x, CODED, adversarial=True)
     rebuilt.judging.sum().backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in model.vqgan.parameters())
-    # Weights only: the last bias moves the scores of both pictures alike, and gets zero while neither is beyond 1.
+    # Weights only: the last bias moves the scores of both images alike, and gets zero while neither is beyond 1.
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.discriminator.parameters() if parameter.dim() > 1)
     model.zero_grad()
     rebuilt.fooling.sum().backward()
@@ -156,12 +156,12 @@ def test_one_optimizer_does_what_two_do():
         optimizer.step()
 
         rebuilt = two(x, CODED)
-        fooling = -two.discriminator(rebuilt.pictures).mean()
-        pictures = rebuilt.pictures.detach()
+        fooling = -two.discriminator(rebuilt.images).mean()
+        images = rebuilt.images.detach()
         generator.zero_grad()
         (vqgan_loss(rebuilt, x)["loss"].mean() + 0.3 * fooling).backward()
         judge.zero_grad()
-        hinge_loss(two.discriminator(x), two.discriminator(pictures)).mean().backward()
+        hinge_loss(two.discriminator(x), two.discriminator(images)).mean().backward()
         generator.step()
         judge.step()
     for (name, parameter), other in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -198,11 +198,11 @@ def test_figures():
 def test_discriminator_sees_patches():
     judge = PatchDiscriminator(4)
     assert judge(pixels(2, 8)).shape == (2, 1, 1, 1)
-    picture = torch.rand(1, 3, 128, 128).requires_grad_()
+    image = torch.rand(1, 3, 128, 128).requires_grad_()
     score = PatchDiscriminator(4).requires_grad_(False)
     score.layers = torch.nn.Sequential(*[layer for layer in score.layers if not isinstance(layer, torch.nn.GroupNorm)])
-    score(picture)[0, 0, 8, 8].backward()
-    seen = picture.grad.abs().sum((0, 1)).nonzero()
+    score(image)[0, 0, 8, 8].backward()
+    seen = image.grad.abs().sum((0, 1)).nonzero()
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [54, 54]
     assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in judge.modules())
 
@@ -210,7 +210,7 @@ def test_discriminator_sees_patches():
 # ------------------------------------------------------------------------------------------- a new Stage A, its codes
 
 
-def test_a_new_stage_a_has_the_statistics_of_its_pictures():
+def test_a_new_stage_a_has_the_statistics_of_its_images():
     torch.manual_seed(0)
     vqgan, x = StableCascadeVQGAN(**VQGAN), pixels(12)
     prepare_new(vqgan, x, seed=3)

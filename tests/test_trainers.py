@@ -30,7 +30,7 @@ from tests.trainer_runs import (
     trainer_main,
     write_cascade,
     write_config,
-    write_pictures,
+    write_images,
 )
 from tests.two_processes import launch_two
 
@@ -41,7 +41,7 @@ HARD = {"ema_beta": 0.5, "ema_iters": 1, "ema_start_iters": 2, "lora_dropout": 0
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     folder = write_cascade(tmp_path_factory.mktemp("cascade"))
-    write_pictures(folder / "pictures.tar")
+    write_images(folder / "images.tar")
     return folder
 
 
@@ -50,7 +50,7 @@ def steady(tmp_path_factory, cascade):
     """The cascade without dropout, whose masks are per process and per micro-batch."""
     folder = tmp_path_factory.mktemp("steady")
     write_cascade(folder, dropout=0.0)
-    shutil.copy(cascade / "pictures.tar", folder)
+    shutil.copy(cascade / "images.tar", folder)
     return folder
 
 
@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, cascade, trainer, choi
     assert_same(again, plain, tolerance=1e-6)
 
 
-def test_previews_show_whole_pictures_where_stage_b_is_named(tmp_path, cascade):
+def test_previews_show_whole_images_where_stage_b_is_named(tmp_path, cascade):
     places = {"rough": None, "named": str(cascade / "decoder"), "own": "pretrained"}
     for name, place in places.items():
         train("text_to_image", tmp_path, cascade, experiment_id=name, updates=1, stage_b_checkpoint_path=place)

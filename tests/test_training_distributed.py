@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.toy_run import Toy, saved, toy_arguments, toy_config, toy_train
-from tests.trainer_runs import write_pictures
+from tests.trainer_runs import write_images
 from tests.two_processes import launch_two
 
 ROOT = Path(__file__).parent.parent
@@ -165,11 +165,11 @@ check_agreement(index_samples(sys.argv[1 + accelerator.process_index]), accelera
 
 
 @pytest.mark.slow
-def test_processes_that_found_different_pictures_stop(tmp_path):
+def test_processes_that_found_different_images_stop(tmp_path):
     program = tmp_path / "disagreeing.py"
     program.write_text(DISAGREEING)
-    shards = [str(write_pictures(tmp_path / f"{count}.tar", count)) for count in (4, 3)]
+    shards = [str(write_images(tmp_path / f"{count}.tar", count)) for count in (4, 3)]
     done = launch_two(program, *shards)
     assert done.returncode != 0
     assert done.stdout.count("agreed on one") == 2
-    assert "ValueError: webdataset_path: the processes found different pictures" in done.stderr
+    assert "ValueError: webdataset_path: the processes found different images" in done.stderr

@@ -252,11 +252,11 @@ def test_log_file_and_trackers_work_offline(tmp_path, monkeypatch):
     assert list(tmp_path.rglob("offline-run-*"))
 
 
-def test_preview_sheet_holds_every_picture_at_its_place(tmp_path):
+def test_preview_sheet_holds_every_image_at_its_place(tmp_path):
     red, blue = torch.zeros(2, 3, 16, 16), torch.zeros(1, 3, 8, 16)
     red[:, 0], blue[:, 2] = 1.0, 1.0
     path = preview_sheet(
-        [("pictures", red), ("rebuilt", blue)], tmp_path / "new/sheet.png", captions=["a" * 99], cell=32
+        [("images", red), ("rebuilt", blue)], tmp_path / "new/sheet.png", captions=["a" * 99], cell=32
     )
     sheet = Image.open(path)
     colours = [colour for _, colour in sheet.getcolors(10_000)]

@@ -65,15 +65,15 @@ def tiny_controlnet(in_channels: int = 1, *, seed: int = 0, **changes) -> Stable
     return seeded(lambda: StableCascadeControlNet(in_channels, **settings), seed)
 
 
-def pictures(count: int = 1, height: int = 64, width: int = 64, seed: int = 0) -> torch.Tensor:
-    """Pictures with large shapes, in whole levels of 255: (count, 3, height, width)."""
+def images(count: int = 1, height: int = 64, width: int = 64, seed: int = 0) -> torch.Tensor:
+    """Images with large shapes, in whole levels of 255: (count, 3, height, width)."""
     small = torch.rand(count, 3, 4, 4, generator=seeds(seed)[0])
     smooth = torch.nn.functional.interpolate(small, size=(height, width), mode="bilinear")
     return (smooth * 255).round() / 255
 
 
-def to_pil(picture: torch.Tensor) -> Image.Image:
-    return Image.fromarray((picture.movedim(0, -1).numpy() * 255).round().astype(np.uint8))
+def to_pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image.movedim(0, -1).numpy() * 255).round().astype(np.uint8))
 
 
 def right_half(height: int = 64, width: int = 64) -> torch.Tensor:
@@ -89,7 +89,7 @@ def edges(count: int = 1, height: int = 48, width: int = 48, channels: int = 1, 
 
 
 def emojis(count: int) -> torch.Tensor:
-    """Small pictures that the embedded cascade has not seen: (count, 3, 64, 64)."""
+    """Small images that the embedded cascade has not seen: (count, 3, 64, 64)."""
     sheet = Image.open(ROOT / "examples/embedded/control_120.webp").convert("RGB")
     corners = [(64 * (i % 15), 64 * (i // 15)) for i in range(count)]
     tiles = [sheet.crop((left, top, left + 64, top + 64)) for left, top in corners]

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from stable_cascade import StableCascadePipeline
-from tests.making_shards import picture, write_tar
+from tests.making_shards import image, write_tar
 from tests.tiny_cascade import MULTIPLE, WORDS, tiny_decoder, tiny_parts, tiny_prior
 
 ROOT = Path(__file__).parent.parent
@@ -29,11 +29,11 @@ def write_cascade(folder: Path, dropout: float = 0.1) -> Path:
     return folder
 
 
-def write_pictures(path: Path, count: int = 12) -> Path:
-    """A shard of pictures of many shapes whose captions use a token that is learned."""
+def write_images(path: Path, count: int = 12) -> Path:
+    """A shard of images of many shapes whose captions use a token that is learned."""
     members: dict[str, Any] = {}
     for number in range(count):
-        members[f"{number:03}.png"] = picture(*SIZES[number % len(SIZES)], seed=number)
+        members[f"{number:03}.png"] = image(*SIZES[number % len(SIZES)], seed=number)
         members[f"{number:03}.txt"] = f"a [fox] photo of {WORDS[number % 3]}"
         members[f"{number:03}.json"] = {"score": number}
     return write_tar(path, members)
@@ -43,7 +43,7 @@ def settings(trainer: str, folder: Path, cascade: Path, **changes: Any) -> dict[
     """A config of 6 steps of the trainer; `None` takes a key out."""
     values: dict[str, Any] = {
         "experiment_id": "run", "checkpoint_path": str(folder / "runs"), "output_path": str(folder / "out"),
-        "pretrained_model_name_or_path": str(cascade), "webdataset_path": str(cascade / "pictures.tar"),
+        "pretrained_model_name_or_path": str(cascade), "webdataset_path": str(cascade / "images.tar"),
         "image_size": 32, "batch_size": 4, "grad_accum_steps": 2, "updates": 6, "lr": 1e-3, "warmup_updates": 3,
         "save_every": 100, "log_every": 1, "num_preview_images": 1, "preview_steps": 1, "preview_decoder_steps": 1,
         "multi_aspect_ratio": ["1/1", "1/2"], "max_grad_norm": 0.01,

@@ -81,7 +81,7 @@ INK_LABELS = (
 WIDE_GROUPS = (0, 3, 4, 5, 6, 7)
 HELD_OUT_GROUPS = (3, 4, 5, 6, 7)
 WIDE_SYMBOL_SUBGROUPS = ("geometric",)
-# Pictures of people, and clock faces, which differ by one hand only.
+# Images of people, and clock faces, which differ by one hand only.
 SKIPPED_LABELS = ("wedding", "Japanese dolls", "Statue of Liberty", "nesting dolls", "joker", "moai")
 SKIPPED_ENDINGS = ("o’clock", "-thirty")
 

@@ -1,11 +1,11 @@
 """Measures the embedded cascade, or any cascade folder made like it; each command prints one JSON line and a sentence.
 
-    python examples/embedded/evaluate.py retrieval        # 100 training captions x 4 pictures: is the right one near?
-    python examples/embedded/evaluate.py reconstruction   # 200 pictures it never saw: encoder -> Stage B -> Stage A
+    python examples/embedded/evaluate.py retrieval        # 100 training captions x 4 images: is the right one near?
+    python examples/embedded/evaluate.py reconstruction   # 200 images it never saw: encoder -> Stage B -> Stage A
     python examples/embedded/evaluate.py samplers         # every sampler at 20+10, 8+4 and 4+2 steps, as a table
-    python examples/embedded/evaluate.py speed            # seconds for 4 pictures on 2 threads
+    python examples/embedded/evaluate.py speed            # seconds for 4 images on 2 threads
     python examples/embedded/evaluate.py lora --lora FOLDER        # does a LoRA draw nearer to its style?
-    python examples/embedded/evaluate.py clip             # does a caption find its picture?
+    python examples/embedded/evaluate.py clip             # does a caption find its image?
 
 All but clip, which needs the base.tar of prepare_data.py, run from a checkout alone. Options of all commands:
 --model FOLDER (default: the cascade in the package), --out FOLDER for contact sheets, --seed, --threads.
@@ -41,7 +41,7 @@ def load_pipeline(arguments: argparse.Namespace, name: str = "StableCascadePipel
 
 
 def generate(pipeline, prompts: list[str], arguments: argparse.Namespace, *, first_seed: int = 0) -> Iterator[Tensor]:
-    """Pictures for the prompts, one batch after the other; picture i has the seed `--seed` + first_seed + i.
+    """Images for the prompts, one batch after the other; image i has the seed `--seed` + first_seed + i.
 
     Shapes: each (B, 3, 64, 64) in [0, 1].
     """
@@ -63,16 +63,16 @@ def generate(pipeline, prompts: list[str], arguments: argparse.Namespace, *, fir
 
 
 def retrieval(arguments: argparse.Namespace) -> dict:
-    """Share of generated pictures whose own training picture is among the nearest, at 16 x 16 px, of 100."""
+    """Share of generated images whose own training image is among the nearest, at 16 x 16 px, of 100."""
     _, captions, targets = read_mosaic(HERE / "captions_100.webp", side=32)
     pipeline = load_pipeline(arguments)
     count = arguments.images_per_caption
     prompts = [caption for caption in captions for _ in range(count)]
-    pictures = torch.cat(list(generate(pipeline, prompts, arguments)))
+    images = torch.cat(list(generate(pipeline, prompts, arguments)))
     right = torch.arange(len(captions)).repeat_interleave(count)
-    place = ranks(distances(shrink(pictures), shrink(targets)), right)
+    place = ranks(distances(shrink(images), shrink(targets)), right)
     large = torch.nn.functional.interpolate(targets, size=(SIDE, SIDE))
-    blocks = [[large[i], *pictures[right == i]] for i in range(len(captions))]
+    blocks = [[large[i], *images[right == i]] for i in range(len(captions))]
     write_sheet(arguments.out / "retrieval.png", blocks, columns=5)
     worst = sorted(captions, key=lambda caption: place[right == captions.index(caption)].float().mean(), reverse=True)
     found = [(place[right == i] < 5).float().mean().item() for i in range(len(captions))]
@@ -80,38 +80,38 @@ def retrieval(arguments: argparse.Namespace) -> dict:
         "top5": (place < 5).float().mean().item(),
         "top1": (place < 1).float().mean().item(),
         "captions_found_half_the_time": sum(share >= 0.5 for share in found),
-        "pictures": len(pictures),
+        "images": len(images),
         "worst": worst[:10],
         "sheet": str(arguments.out / "retrieval.png"),
     }
 
 
 def reconstruction(arguments: argparse.Namespace) -> dict:
-    """Mean PSNR of held-out pictures after image encoder, sampled Stage B and Stage A."""
+    """Mean PSNR of held-out images after image encoder, sampled Stage B and Stage A."""
     from stable_cascade.objectives.vqgan import psnr
 
-    _, _, pictures = read_mosaic(HERE / "held_out_200.webp", side=SIDE)
+    _, _, images = read_mosaic(HERE / "held_out_200.webp", side=SIDE)
     pipeline = load_pipeline(arguments, "StableCascadeReconstructionPipeline")
     outputs = []
-    for start in range(0, len(pictures), arguments.batch_size):
-        batch = pictures[start : start + arguments.batch_size]
+    for start in range(0, len(images), arguments.batch_size):
+        batch = images[start : start + arguments.batch_size]
         seeds = range(arguments.seed + start, arguments.seed + start + len(batch))
-        images = pipeline(
+        rebuilt = pipeline(
             batch.to(arguments.device),
             num_inference_steps=arguments.steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).images
-        outputs.append(images.float().cpu().clamp(0, 1))
+        outputs.append(rebuilt.float().cpu().clamp(0, 1))
     drawn = torch.cat(outputs)
-    values = psnr(drawn, pictures)
-    blocks = [[before, after] for before, after in zip(pictures, drawn, strict=True)]
+    values = psnr(drawn, images)
+    blocks = [[before, after] for before, after in zip(images, drawn, strict=True)]
     write_sheet(arguments.out / "reconstruction.png", blocks, columns=10)
     return {
         "psnr": values.mean().item(),
         "psnr_median": values.median().item(),
         "psnr_lowest": values.min().item(),
-        "pictures": len(pictures),
+        "images": len(images),
         "sheet": str(arguments.out / "reconstruction.png"),
     }
 
@@ -142,17 +142,17 @@ def samplers(arguments: argparse.Namespace) -> dict:
 
 
 def speed(arguments: argparse.Namespace) -> dict:
-    """Wall seconds of one call that draws 4 pictures; the first call, and the next, when everything is warm."""
+    """Wall seconds of one call that draws 4 images; the first call, and the next, when everything is warm."""
     pipeline = load_pipeline(arguments)
     arguments.batch_size = 4
     prompts = ["red apple, noto style", "panda, flat style", "rocket, noto style", "red heart, flat style"]
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        pictures = torch.cat(list(generate(pipeline, prompts, arguments)))
+        images = torch.cat(list(generate(pipeline, prompts, arguments)))
         seconds.append(time.perf_counter() - started)
-    write_sheet(arguments.out / "speed.png", [list(pictures)], columns=1)
-    return {"seconds": seconds[0], "seconds_warm": seconds[1], "threads": torch.get_num_threads(), "pictures": 4}
+    write_sheet(arguments.out / "speed.png", [list(images)], columns=1)
+    return {"seconds": seconds[0], "seconds_warm": seconds[1], "threads": torch.get_num_threads(), "images": 4}
 
 
 def ink_prompts(count: int) -> dict[str, list[str]]:
@@ -167,40 +167,38 @@ def ink_prompts(count: int) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def lora(arguments: argparse.Namespace) -> dict:
-    """How much nearer to the style's pictures a LoRA draws: same prompts, same seeds, before and after.
+    """How much nearer to the style's images a LoRA draws: same prompts, same seeds, before and after.
 
-    Nearness is the mean distance, in the image encoder's latents, to the nearest of the style's 60 pictures.
+    Nearness is the mean distance, in the image encoder's latents, to the nearest of the style's 60 images.
     """
     if arguments.lora is None:
         raise ValueError("lora needs --lora FOLDER, the folder that train_lora.py wrote")
     pipeline = load_pipeline(arguments)
     latents = load_pipeline(arguments, "StableCascadeReconstructionPipeline").encode
-    target = latents(torch.stack([picture for _, _, picture in read_shard(INK, side=SIDE)]))
+    target = latents(torch.stack([image for _, _, image in read_shard(INK, side=SIDE)]))
     prompts = ink_prompts(arguments.prompts)
-    pictures = {
+    drawn = {
         "before": {name: torch.cat(list(generate(pipeline, texts, arguments))) for name, texts in prompts.items()}
     }
     pipeline.load_lora_weights(str(arguments.lora))
-    pictures["after"] = {
-        name: torch.cat(list(generate(pipeline, texts, arguments))) for name, texts in prompts.items()
-    }
+    drawn["after"] = {name: torch.cat(list(generate(pipeline, texts, arguments))) for name, texts in prompts.items()}
     result: dict = {}
-    for when, groups in pictures.items():
+    for when, groups in drawn.items():
         far = {name: mean_nearest_distance(latents(images), target) for name, images in groups.items()}
         result[when] = {**far, "all": mean_nearest_distance(latents(torch.cat(list(groups.values()))), target)}
     closer = {f"closer_{name}": 1 - result["after"][name] / result["before"][name] for name in result["before"]}
     blocks = [
         [before, after]
         for name in prompts
-        for before, after in zip(pictures["before"][name], pictures["after"][name], strict=True)
+        for before, after in zip(drawn["before"][name], drawn["after"][name], strict=True)
     ]
     write_sheet(arguments.out / "lora.png", blocks, columns=10)
-    return {**closer, **result, "pictures": len(blocks), "sheet": str(arguments.out / "lora.png")}
+    return {**closer, **result, "images": len(blocks), "sheet": str(arguments.out / "lora.png")}
 
 
 @torch.no_grad()
 def clip(arguments: argparse.Namespace) -> dict:
-    """Share of base pictures found by their caption among all base pictures as drawn, by CLIP's similarity."""
+    """Share of base images found by their caption among all base images as drawn, by CLIP's similarity."""
     from stable_cascade.models.clip import clip_pixels
 
     samples = [sample for sample in read_shard(arguments.data / "base.tar", side=SIDE) if sample[0].endswith("-0")]
@@ -209,7 +207,7 @@ def clip(arguments: argparse.Namespace) -> dict:
         [caption for _, caption, _ in samples], padding="max_length", truncation=True, return_tensors="pt"
     ).to(arguments.device)
     size = pipeline.image_encoder.config.image_size
-    pixels = clip_pixels(torch.stack([picture for _, _, picture in samples]), size).to(arguments.device)
+    pixels = clip_pixels(torch.stack([image for _, _, image in samples]), size).to(arguments.device)
     texts = pipeline.text_encoder(**tokens).text_embeds
     images = pipeline.image_encoder(pixels).image_embeds
     similarity = torch.nn.functional.normalize(texts, dim=-1) @ torch.nn.functional.normalize(images, dim=-1).T
@@ -217,20 +215,20 @@ def clip(arguments: argparse.Namespace) -> dict:
     return {
         "top1": (place < 1).float().mean().item(),
         "top5": (place < 5).float().mean().item(),
-        "pictures": len(samples),
+        "images": len(samples),
     }
 
 
 COMMANDS = {
     "retrieval": (
         retrieval,
-        "right picture in the top 5 for {top5:.1%} of {pictures} pictures, nearest for {top1:.1%}",
+        "right image in the top 5 for {top5:.1%} of {images} images, nearest for {top1:.1%}",
     ),
-    "reconstruction": (reconstruction, "{psnr:.2f} dB mean PSNR over {pictures} held-out pictures"),
+    "reconstruction": (reconstruction, "{psnr:.2f} dB mean PSNR over {images} held-out images"),
     "samplers": (samplers, "{captions} captions"),
-    "speed": (speed, "{seconds:.2f} s for {pictures} pictures on {threads} threads ({seconds_warm:.2f} s when warm)"),
+    "speed": (speed, "{seconds:.2f} s for {images} images on {threads} threads ({seconds_warm:.2f} s when warm)"),
     "lora": (lora, "{closer_all:.1%} nearer to the style (seen {closer_seen:.1%}, unseen {closer_unseen:.1%})"),
-    "clip": (clip, "caption finds its picture among {pictures}: top 1 {top1:.1%}, top 5 {top5:.1%}"),
+    "clip": (clip, "caption finds its image among {images}: top 1 {top1:.1%}, top 5 {top5:.1%}"),
 }
 
 

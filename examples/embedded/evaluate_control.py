@@ -2,13 +2,13 @@
 
     python examples/embedded/evaluate_control.py --controlnet outputs/checkpoints/controlnet_embedded/final
 
-Compares the edges of a control picture with those of the picture drawn from the same caption and the same seeds, once
-without and once with the ControlNet. The control pictures are in control_120.webp: training captions, poses (size,
-place, angle, mirrored) that no training picture has.
+Compares the edges of a control image with those of the image drawn from the same caption and the same seeds, once
+without and once with the ControlNet. The control images are in control_120.webp: training captions, poses (size,
+place, angle, mirrored) that no training image has.
 
-Edges are CannyFilter's, of both pictures at 64 px. An edge pixel is found when the other picture has one within the
-tolerance in both directions. Precision is the share of found pixels of the drawn picture, recall of the control
-picture, F1 their harmonic mean; the number is the mean over all pictures.
+Edges are CannyFilter's, of both images at 64 px. An edge pixel is found when the other image has one within the
+tolerance in both directions. Precision is the share of found pixels of the drawn image, recall of the control
+image, F1 their harmonic mean; the number is the mean over all images.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SIDE = 64
 
 
 def edge_f1(drawn: Tensor, wanted: Tensor, tolerance: int) -> Tensor:
-    """F1 of two edge maps, per picture; 0 where nothing is found.
+    """F1 of two edge maps, per image; 0 where nothing is found.
 
     Shapes: (B, 1, H, W) twice, 1 on edges -> (B,).
     """
@@ -59,7 +59,7 @@ def load_control(folder: Path):
 
 
 def generate(pipeline, captions: list[str], arguments: argparse.Namespace, images: Tensor | None = None) -> Tensor:
-    """Pictures for the captions; picture i has the seed `--seed` + i, with and without control.
+    """Images for the captions; image i has the seed `--seed` + i, with and without control.
 
     Shapes: control images (B, c, H, W) -> (B, 3, 64, 64) in [0, 1].
     """
@@ -83,8 +83,8 @@ def generate(pipeline, captions: list[str], arguments: argparse.Namespace, image
     return torch.cat(parts)
 
 
-def rebuild(pictures: Tensor, arguments: argparse.Namespace) -> Tensor:
-    """The control pictures through image encoder, Stage B and Stage A: as near as the cascade can come to their edges.
+def rebuild(images: Tensor, arguments: argparse.Namespace) -> Tensor:
+    """The control images through image encoder, Stage B and Stage A: as near as the cascade can come to their edges.
 
     Shapes: (B, 3, 64, 64) -> (B, 3, 64, 64) in [0, 1].
     """
@@ -93,35 +93,35 @@ def rebuild(pictures: Tensor, arguments: argparse.Namespace) -> Tensor:
 
     pipeline = stable_cascade.StableCascadeReconstructionPipeline.from_pretrained(arguments.model or embedded_path())
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(arguments.seed + i) for i in range(len(pictures))]
-    return pipeline(pictures, num_inference_steps=arguments.steps, generator=generators, output_type="pt").images
+    generators = [torch.Generator().manual_seed(arguments.seed + i) for i in range(len(images))]
+    return pipeline(images, num_inference_steps=arguments.steps, generator=generators, output_type="pt").images
 
 
 def measure(arguments: argparse.Namespace) -> dict:
     """F1 by tolerance: without control, with it, their ratio, and what the cascade could reach."""
     from stable_cascade.controls import make_filter
 
-    _, captions, pictures = read_mosaic(arguments.pictures, side=SIDE)
-    captions, pictures = captions[: arguments.count], pictures[: arguments.count]
+    _, captions, images = read_mosaic(arguments.images, side=SIDE)
+    captions, images = captions[: arguments.count], images[: arguments.count]
     controlnet, control_filter = load_control(arguments.controlnet)
     pipeline = load_pipeline(arguments, controlnet)
     canny = make_filter("CannyFilter", {"resize": SIDE})
-    # At the size of the training pictures: a latent stands for 8 px there, and for 10.67 px of what is drawn.
-    seen = F.interpolate(pictures, size=pipeline.control_size(SIDE, SIDE), mode="bilinear", antialias=True)
+    # At the size of the training images: a latent stands for 8 px there, and for 10.67 px of what is drawn.
+    seen = F.interpolate(images, size=pipeline.control_size(SIDE, SIDE), mode="bilinear", antialias=True)
     drawn = {
         "uncontrolled": generate(pipeline, captions, arguments),
         "controlled": generate(pipeline, captions, arguments, control_filter(seen)),
     }
-    drawn["rebuilt"] = rebuild(pictures, arguments).float().clamp(0, 1)
-    wanted = canny(pictures)
-    edges = {name: canny(images) for name, images in drawn.items()}
-    result: dict = {"pictures": len(pictures), "f1": {}}
+    drawn["rebuilt"] = rebuild(images, arguments).float().clamp(0, 1)
+    wanted = canny(images)
+    edges = {name: canny(batch) for name, batch in drawn.items()}
+    result: dict = {"images": len(images), "f1": {}}
     for tolerance in range(4):
         f1 = {name: edge_f1(found, wanted, tolerance).mean().item() for name, found in edges.items()}
         result["f1"][tolerance] = {**f1, "ratio": f1["controlled"] / f1["uncontrolled"]}
     blocks = [
-        [wanted[i].expand(3, -1, -1), drawn["uncontrolled"][i], drawn["controlled"][i], pictures[i]]
-        for i in range(min(len(pictures), arguments.shown))
+        [wanted[i].expand(3, -1, -1), drawn["uncontrolled"][i], drawn["controlled"][i], images[i]]
+        for i in range(min(len(images), arguments.shown))
     ]
     write_sheet(arguments.sheet, blocks, columns=arguments.columns)
     return {**result, **result["f1"][1], "sheet": str(arguments.sheet)}
@@ -132,11 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--controlnet", type=Path, required=True, help="folder that train_controlnet.py wrote")
     parser.add_argument("--model", type=Path, help="folder of a cascade; default: the embedded one")
-    parser.add_argument("--pictures", type=Path, default=HERE / "control_120.webp", help="control pictures")
+    parser.add_argument("--images", type=Path, default=HERE / "control_120.webp", help="control images")
     parser.add_argument("--sheet", type=Path, default=Path("outputs/embedded/evaluation/control.png"))
-    parser.add_argument("--shown", type=int, default=48, help="pictures on the sheet")
-    parser.add_argument("--columns", type=int, default=4, help="pictures in a row of the sheet")
-    parser.add_argument("--count", type=int, default=120, help="pictures to measure")
+    parser.add_argument("--shown", type=int, default=48, help="images on the sheet")
+    parser.add_argument("--columns", type=int, default=4, help="images in a row of the sheet")
+    parser.add_argument("--count", type=int, default=120, help="images to measure")
     parser.add_argument("--scale", type=float, default=1.0, help="controlnet_conditioning_scale")
     parser.add_argument("--prior_steps", type=int, default=20)
     parser.add_argument("--prior_guidance_scale", type=float, default=4.0)
@@ -153,9 +153,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(json.dumps(result))
     print(
-        f"edge F1 within 1 px over {result['pictures']} pictures: {result['controlled']:.3f} controlled, "
+        f"edge F1 within 1 px over {result['images']} images: {result['controlled']:.3f} controlled, "
         f"{result['uncontrolled']:.3f} uncontrolled, {result['ratio']:.2f} times "
-        f"({result['rebuilt']:.3f} when the pictures themselves go through the cascade)"
+        f"({result['rebuilt']:.3f} when the images themselves go through the cascade)"
     )
 
 

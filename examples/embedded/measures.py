@@ -1,4 +1,4 @@
-"""What evaluate.py measures, as functions of tensors, and the small picture files that it reads and writes."""
+"""What evaluate.py measures, as functions of tensors, and the small image files that it reads and writes."""
 
 import io
 import tarfile
@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 
-def shrink(pictures: Tensor, side: int = 16) -> Tensor:
-    """Pictures as `side` x `side` means of their pixels.
+def shrink(images: Tensor, side: int = 16) -> Tensor:
+    """Images as `side` x `side` means of their pixels.
 
     Shapes: (B, 3, H, W) -> (B, 3, side, side).
     """
-    return F.adaptive_avg_pool2d(pictures.float(), side)
+    return F.adaptive_avg_pool2d(images.float(), side)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -62,18 +62,18 @@ def read_mosaic(path: Path, side: int) -> tuple[list[str], list[str], Tensor]:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A picture as (3, H, W) in [0, 1]."""
+    """An image as (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def write_sheet(path: Path, blocks: list[list[Tensor]], columns: int, side: int = 64) -> None:
-    """Writes blocks of pictures side by side, `columns` blocks a row, with a gap between blocks."""
+    """Writes blocks of images side by side, `columns` blocks a row, with a gap between blocks."""
     gap, width = 8, max(len(block) for block in blocks)
     rows = -(-len(blocks) // columns)
     sheet = Image.new("RGB", (columns * (width * side + gap), rows * (side + gap)), (90, 90, 90))
     for place, block in enumerate(blocks):
-        for column, picture in enumerate(block):
-            data = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        for column, image in enumerate(block):
+            data = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
             left = (place % columns) * (width * side + gap) + column * side
             sheet.paste(Image.fromarray(data).resize((side, side)), (left, (place // columns) * (side + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def write_sheet(path: Path, blocks: list[list[Tensor]], columns: int, side: int 
 
 
 def read_shard(path: Path, side: int) -> list[tuple[str, str, Tensor]]:
-    """(key, caption, (3, side, side) picture) of every sample of a shard, in its order.
+    """(key, caption, (3, side, side) image) of every sample of a shard, in its order.
 
     Raises:
         ValueError: the shard is missing.
@@ -95,7 +95,7 @@ def read_shard(path: Path, side: int) -> list[tuple[str, str, Tensor]]:
     for name, data in parts.items():
         key, _, ending = name.partition(".")
         if ending == "png":
-            with Image.open(io.BytesIO(data)) as image:
-                picture = to_tensor(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
-            samples.append((key, parts[f"{key}.txt"].decode(), picture))
+            with Image.open(io.BytesIO(data)) as opened:
+                image = to_tensor(opened.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+            samples.append((key, parts[f"{key}.txt"].decode(), image))
     return samples

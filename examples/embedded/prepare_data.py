@@ -4,7 +4,7 @@
     python examples/embedded/prepare_data.py --packages FOLDER   # packages already unpacked there
 
 Writes base.tar, control.tar, clip.tar, wide.tar, heldout.tar and ink_heldout.tar to --out, and with --committed the
-small files that belong to the repository: examples/data/ink_emoji.tar, and the captions and pictures that evaluate.py
+small files that belong to the repository: examples/data/ink_emoji.tar, and the captions and images that evaluate.py
 and evaluate_control.py compare with. Every sample is a PNG, its caption and a JSON with concept, style, source and
 licence. Two runs write the same bytes.
 """
@@ -49,7 +49,7 @@ def caption_for(label: str, style: str, background: str = "white") -> str:
 
 
 def record(concept: Concept, style: str, background: str) -> dict:
-    """What is known of a picture, for its JSON."""
+    """What is known of an image, for its JSON."""
     package, version, licence = STYLES[style]
     source = f"{package}@{version}"
     known = {"concept": concept.label, "style": style, "background": background, "source": source, "licence": licence}
@@ -67,7 +67,7 @@ def pose_for(rng) -> tuple[float, int, int]:
     return float(rng.uniform(0.88, 1.0)), int(rng.integers(-4, 5)), int(rng.integers(-4, 5))
 
 
-def base_pictures(concepts: dict[str, Concept]) -> Iterator[tuple[Concept, str]]:
+def base_images(concepts: dict[str, Concept]) -> Iterator[tuple[Concept, str]]:
     """Every base concept in both coloured styles."""
     for label in BASE_LABELS:
         for style in ("noto", "flat"):
@@ -75,8 +75,8 @@ def base_pictures(concepts: dict[str, Concept]) -> Iterator[tuple[Concept, str]]
 
 
 def base_samples(concepts: dict[str, Concept], copies: int = 6) -> Iterator[Sample]:
-    """Six copies of each base picture: two as drawn, two moved and scaled, two on coloured backgrounds (2/3 white)."""
-    for concept, style in base_pictures(concepts):
+    """Six copies of each base image: two as drawn, two moved and scaled, two on coloured backgrounds (2/3 white)."""
+    for concept, style in base_images(concepts):
         tints = rng_for("base", concept.label, style).permutation(len(BACKGROUNDS))
         for copy in range(copies):
             rng = rng_for("base", concept.label, style, copy)
@@ -88,8 +88,8 @@ def base_samples(concepts: dict[str, Concept], copies: int = 6) -> Iterator[Samp
 
 
 def control_samples(concepts: dict[str, Concept], word: str, copies: int, side: int) -> Iterator[Sample]:
-    """Base pictures in poses that their captions do not tell, three in four on white; `word` chooses the poses."""
-    for concept, style in base_pictures(concepts):
+    """Base images in poses that their captions do not tell, three in four on white; `word` chooses the poses."""
+    for concept, style in base_images(concepts):
         for copy in range(copies):
             rng = rng_for(word, concept.label, style, copy)
             name, colour = WHITE if rng.random() < 0.75 else BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
@@ -99,14 +99,14 @@ def control_samples(concepts: dict[str, Concept], word: str, copies: int, side: 
 
 
 def control_held_out(concepts: dict[str, Concept], count: int = 120) -> list[Sample]:
-    """Poses that no training picture has, of base pictures chosen by hash: what the ControlNet is measured with."""
+    """Poses that no training image has, of base images chosen by hash: what the ControlNet is measured with."""
     samples = control_samples(concepts, "control held out", 1, SIDE)
     return sorted(samples, key=lambda sample: rng_for("control mosaic", sample[0]).random())[:count]
 
 
 def clip_samples(concepts: dict[str, Concept]) -> Iterator[Sample]:
-    """The base pictures again, one copy per caption form; `captions` in the JSON lists all that fit the picture."""
-    for concept, style in base_pictures(concepts):
+    """The base images again, one copy per caption form; `captions` in the JSON lists all that fit the image."""
+    for concept, style in base_images(concepts):
         for copy, form in enumerate(CLIP_FORMS):
             rng = rng_for("clip", concept.label, style, copy)
             tinted = "background" in form or rng.random() < 0.15
@@ -125,13 +125,13 @@ def clip_samples(concepts: dict[str, Concept]) -> Iterator[Sample]:
 
 
 def held_out_labels(concepts: dict[str, Concept], count: int = 100) -> list[str]:
-    """Concepts that no training picture shows, in any style; chosen by hash among those outside the base list."""
+    """Concepts that no training image shows, in any style; chosen by hash among those outside the base list."""
     candidates = [c.label for c in concepts.values() if c.group in HELD_OUT_GROUPS and c.label not in BASE_LABELS]
     return sorted(candidates, key=lambda label: rng_for("held out", label).random())[:count]
 
 
 def wide_samples(concepts: dict[str, Concept]) -> Iterator[Sample]:
-    """Every picture that is not held out, in all three styles: once as drawn and once recoloured, moved or tinted."""
+    """Every image that is not held out, in all three styles: once as drawn and once recoloured, moved or tinted."""
     held_out = set(held_out_labels(concepts))
     for concept in concepts.values():
         for style, svg in concept.drawings.items():
@@ -155,7 +155,7 @@ def wide_samples(concepts: dict[str, Concept]) -> Iterator[Sample]:
 
 
 def held_out_samples(concepts: dict[str, Concept]) -> Iterator[Sample]:
-    """The 200 held-out pictures: 100 concepts as noto and flat, on white."""
+    """The 200 held-out images: 100 concepts as noto and flat, on white."""
     for label in held_out_labels(concepts):
         for style in ("noto", "flat"):
             image = draw(concepts[label].drawings[style], SIDE, WHITE[1])
@@ -172,7 +172,7 @@ def ink_samples(concepts: dict[str, Concept], labels: Iterable[str], side: int) 
 
 
 def retrieval_samples(concepts: dict[str, Concept], count: int = 100) -> Iterator[Sample]:
-    """The training pictures of the retrieval test: 100 concepts chosen by hash, noto and flat in turn, on white."""
+    """The training images of the retrieval test: 100 concepts chosen by hash, noto and flat in turn, on white."""
     labels = sorted(BASE_LABELS, key=lambda label: rng_for("retrieval", label).random())[:count]
     for place, label in enumerate(labels):
         style = ("noto", "flat")[place % 2]
@@ -181,15 +181,15 @@ def retrieval_samples(concepts: dict[str, Concept], count: int = 100) -> Iterato
 
 
 def write_mosaic(path: Path, samples: Iterable[Sample], columns: int, side: int) -> None:
-    """Writes the pictures as tiles of one lossless WebP, row by row, and beside it a text file: key, tab, caption.
+    """Writes the images as tiles of one lossless WebP, row by row, and beside it a text file: key, tab, caption.
 
-    One picture for all is a quarter of the size of a shard, and a person can look at it.
+    One image for all is a quarter of the size of a shard, and a person can look at it.
     """
     samples = list(samples)
     rows = -(-len(samples) // columns)
     mosaic = Image.new("RGB", (columns * side, rows * side), WHITE[1])
     for place, (_, image, _, _) in enumerate(samples):
-        # Box: the mean of the tile's pixels stays the mean of the picture's when evaluate.py shrinks it again.
+        # Box: the mean of the tile's pixels stays the mean of the image's when evaluate.py shrinks it again.
         tile = image.resize((side, side), Image.Resampling.BOX)
         mosaic.paste(tile, ((place % columns) * side, (place // columns) * side))
     path.parent.mkdir(parents=True, exist_ok=True)

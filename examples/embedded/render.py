@@ -101,7 +101,7 @@ def load_concepts(folder: Path) -> dict[str, Concept]:
 
 
 def is_usable(entry: dict, subgroups: dict[str, str]) -> bool:
-    """Whether an emojibase entry is a picture of a thing, an animal, a face or a shape."""
+    """Whether an emojibase entry is an image of a thing, an animal, a face or a shape."""
     label, group = entry["label"], entry.get("group")
     if label in SKIPPED_LABELS or label.endswith(SKIPPED_ENDINGS) or group is None:
         return False
@@ -173,12 +173,12 @@ def rasterised(svg: str, side: int) -> Image.Image:
 
 
 def clip(offset: int, margin: int) -> int:
-    """An offset that keeps the drawing inside the picture."""
+    """An offset that keeps the drawing inside the image."""
     return min(max(offset, 0), margin)
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """The picture as PNG, smallest."""
+    """The image as PNG, smallest."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         pixels = shown.to(accelerator.device)
         with torch.no_grad():
             rebuilt = model(pixels, torch.zeros(())).float().cpu().clamp(0, 1)
-        rows = [("pictures", shown), ("rebuilt", rebuilt)]
+        rows = [("images", shown), ("rebuilt", rebuilt)]
         return [preview_sheet(rows, directory / f"{step:07d}.png")]
 
     train(config, accelerator, model=model, batches=batches, loss_fn=loss_fn, save_fn=save_fn, preview_fn=preview_fn)

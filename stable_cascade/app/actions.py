@@ -11,30 +11,30 @@ from typing import Any
 
 from PIL import Image
 
-from stable_cascade.drawing import ControlChoice, Drawing, InputFile, LoraChoice, Pictures
+from stable_cascade.drawing import ControlChoice, Drawing, InputFile, InputImages, LoraChoice
 from stable_cascade.drawing.files import sha256_of
 from stable_cascade.wording import brief, quoted
 
 from .form import AUTOMATIC, LORAS, NONE, OWN_FILTER, REFERENCES, Form, chosen, name_of
 from .uploads import drawn_mask
 
-MOST_PICTURES = 16
+MOST_IMAGES = 16
 LARGEST_RANDOM_SEED = 2**32
 _PROMPTED = ("generate", "variation", "img2img", "inpaint", "control")
 _SHARED = (
     "prior_num_inference_steps", "prior_guidance_scale", "num_inference_steps", "decoder_guidance_scale",
     "guidance_method", "guidance_rescale", "cache_interval", "negative_prompt", "weighted", "seed", "preview",
 )  # fmt: skip
-ReadPicture = Callable[..., Image.Image]
-"""(path, mode="RGB") -> picture; mode None keeps its transparency."""
+ReadImage = Callable[..., Image.Image]
+"""(path, mode="RGB") -> image; mode None keeps its transparency."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What was asked for: a drawing, its pictures in memory, and how many."""
+    """What was asked for: a drawing, its images in memory, and how many."""
 
     drawing: Drawing
-    pictures: Pictures
+    images: InputImages
     count: int
 
 
@@ -42,7 +42,7 @@ class Wish:
 class Known:
     """What can be chosen: names and paths, and how an upload is read."""
 
-    read: ReadPicture
+    read: ReadImage
     loras: Mapping[str, Path] = field(default_factory=dict)
     controlnets: Mapping[str, Path] = field(default_factory=dict)
     filters: tuple[str, ...] = ()
@@ -68,12 +68,12 @@ def wish(form: Form, known: Known, make: Callable[..., Drawing] = Drawing) -> Wi
     values |= {side: whole(side, getattr(form, side) or 0) or None for side in ("width", "height")}
     if task in _PROMPTED:
         values |= _sampling(form)
-    more, pictures = _INPUTS.get(task, _no_inputs)(form, known)
-    count = whole("number of pictures", form.count)
-    if not 1 <= count <= MOST_PICTURES:
-        raise ValueError(f"number of pictures {count} is not a whole number from 1 to {MOST_PICTURES}")
+    more, images = _INPUTS.get(task, _no_inputs)(form, known)
+    count = whole("number of images", form.count)
+    if not 1 <= count <= MOST_IMAGES:
+        raise ValueError(f"number of images {count} is not a whole number from 1 to {MOST_IMAGES}")
     values["loras"] = () if task == "reconstruct" else loras(form, known)
-    return Wish(make(**(values | more)), pictures, 1 if task == "reconstruct" else count)
+    return Wish(make(**(values | more)), images, 1 if task == "reconstruct" else count)
 
 
 def _sampling(form: Form) -> dict[str, Any]:
@@ -102,36 +102,36 @@ def loras(form: Form, known: Known) -> tuple[LoraChoice, ...]:
     return tuple(found)
 
 
-def _no_inputs(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
-    return {}, Pictures()
+def _no_inputs(form: Form, known: Known) -> tuple[dict[str, Any], InputImages]:
+    return {}, InputImages()
 
 
-def _image_to_image(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
+def _image_to_image(form: Form, known: Known) -> tuple[dict[str, Any], InputImages]:
     image, file = upload("image-to-image", form.image, known)
-    return {"strength": number("strength", form.strength), "image": file}, Pictures(image=image)
+    return {"strength": number("strength", form.strength), "image": file}, InputImages(image=image)
 
 
-def _variation(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
+def _variation(form: Form, known: Known) -> tuple[dict[str, Any], InputImages]:
     paths, weights = form.numbered("reference", REFERENCES), form.numbered("reference_weight", REFERENCES)
     given = [(path, weight) for path, weight in zip(paths, weights, strict=True) if path]
     shown = [upload("variation", path, known) for path, _ in given or [(None, None)]]
     values = {
-        "image_weights": tuple(number("weight of a reference picture", weight) for _, weight in given),
+        "image_weights": tuple(number("weight of a reference image", weight) for _, weight in given),
         "images": tuple(file for _, file in shown),
     }
-    return values, Pictures(images=tuple(picture for picture, _ in shown))
+    return values, InputImages(images=tuple(image for image, _ in shown))
 
 
-def _inpaint(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
+def _inpaint(form: Form, known: Known) -> tuple[dict[str, Any], InputImages]:
     image, mask = drawn_mask(form.edited, known.read)
-    return {"strength": number("strength", form.inpaint_strength)}, Pictures(image=image, mask_image=mask)
+    return {"strength": number("strength", form.inpaint_strength)}, InputImages(image=image, mask_image=mask)
 
 
-def _control(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
+def _control(form: Form, known: Known) -> tuple[dict[str, Any], InputImages]:
     path = chosen("ControlNet", form.controlnet, known.controlnets)
     if path is None:
         raise ValueError("control needs a ControlNet; choose one, or start the page with --controlnet FOLDER")
-    picture, file = upload("control", form.control_image, known)
+    image, file = upload("control", form.control_image, known)
     choice = ControlChoice(
         str(path),
         image=file,
@@ -141,7 +141,7 @@ def _control(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
         filtered=bool(form.control_filtered),
         filter=filter_name(form, known),
     )
-    return {"controlnets": (choice,)}, Pictures(control_images=(picture,))
+    return {"controlnets": (choice,)}, InputImages(control_images=(image,))
 
 
 def filter_name(form: Form, known: Known) -> str | None:
@@ -158,9 +158,9 @@ def filter_name(form: Form, known: Known) -> str | None:
     return name
 
 
-def _reconstruction(form: Form, known: Known) -> tuple[dict[str, Any], Pictures]:
+def _reconstruction(form: Form, known: Known) -> tuple[dict[str, Any], InputImages]:
     image, file = upload("reconstruction", form.reconstructed, known)
-    return {"image": file}, Pictures(image=image)
+    return {"image": file}, InputImages(image=image)
 
 
 _INPUTS = {
@@ -173,15 +173,15 @@ _INPUTS = {
 
 
 def upload(task: str, path: Any, known: Known) -> tuple[Image.Image, InputFile]:
-    """The uploaded picture, and the name and sum by which a file of the same content can be recognised.
+    """The uploaded image, and the name and sum by which a file of the same content can be recognised.
 
     Raises:
         ValueError: there is none, or it cannot be read.
     """
     if not path:
-        raise ValueError(f"{task} needs a picture; upload one")
-    picture = known.read(path)
-    return picture, InputFile(Path(path).name, sha256_of([Path(path)]))
+        raise ValueError(f"{task} needs an image; upload one")
+    image = known.read(path)
+    return image, InputFile(Path(path).name, sha256_of([Path(path)]))
 
 
 def text(name: str, value: Any) -> str:
@@ -232,7 +232,7 @@ def random_seed() -> int:
 def settings_of(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[str]]:
     """The widgets' values that ask for this drawing again, and what could not be restored.
 
-    Input pictures are not among the values: a file that says where they lay is not to be trusted.
+    Input images are not among the values: a file that says where they lay is not to be trusted.
     """
     values = {name: getattr(drawing, name) for name in _SHARED}
     values |= {
@@ -287,6 +287,6 @@ def _control_back(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[
 
 
 def described(drawing: Drawing) -> str:
-    """One line under a picture: what tells it from its neighbours."""
+    """One line under an image: what tells it from its neighbours."""
     words = brief(drawing.prompt, 60) or {"reconstruct": "reconstruction"}.get(drawing.task, "no words")
     return f"{words} · seed {drawing.seed}"

@@ -24,7 +24,7 @@ Widgets = Mapping[str, Any]
 def connect(page: gr.Blocks, widgets: Widgets, studio: Studio) -> None:
     """Joins the widgets and the studio."""
     form = [widgets[name] for name in FIELDS]
-    seen = [widgets[name] for name in ("line", "picture", "original", "seed", "names", "history")]
+    seen = [widgets[name] for name in ("line", "drawn", "original", "seed", "names", "history")]
     start = {
         "fn": drawing(studio, widgets), "inputs": [*form, widgets["names"]], "outputs": seen,
         "show_progress": "hidden", **ONE_AT_A_TIME,
@@ -34,7 +34,7 @@ def connect(page: gr.Blocks, widgets: Widgets, studio: Studio) -> None:
     widgets["stop"].click(stopping(studio), outputs=widgets["line"], show_progress="hidden", concurrency_limit=None)
     widgets["random"].click(_random_seed, outputs=[widgets["seed"], widgets["new_seed"]], show_progress="hidden")
     page.load(_shown_again(studio), widgets["names"], widgets["history"], show_progress="hidden")
-    restored = [*form, widgets["tabs"], widgets["line"], widgets["picture"], widgets["original"]]
+    restored = [*form, widgets["tabs"], widgets["line"], widgets["drawn"], widgets["original"]]
     widgets["history"].select(restoring(studio, widgets), widgets["names"], restored, show_progress="hidden")
     widgets["settings_file"].upload(
         restoring_file(studio, widgets), widgets["settings_file"], restored, show_progress="hidden"
@@ -75,7 +75,7 @@ def refusal(text: str) -> gr.Error:
 
 
 def said(text: str, how: str = "") -> str:
-    """The line below the picture; `how` is busy or refused."""
+    """The line below the image; `how` is busy or refused."""
     return f'<p class="line {how}" role="status">{html.escape(text)}</p>'
 
 
@@ -104,8 +104,8 @@ def drawing(studio: Studio, widgets: Widgets) -> Callable[..., Iterator[dict[Any
 def _seen(widgets: Widgets, studio: Studio, now: Progress, names: list[str], more: bool) -> dict[Any, Any]:
     """The updates that show a state of the drawing."""
     updates: dict[Any, Any] = {widgets["line"]: said(now.line, "busy"), widgets["seed"]: now.seed}
-    if now.picture is not None:
-        updates[widgets["picture"]] = now.picture
+    if now.image is not None:
+        updates[widgets["drawn"]] = now.image
     updates[widgets["original"]] = gr.update(value=now.original, visible=now.original is not None)
     if more:
         updates |= {widgets["names"]: names, widgets["history"]: gallery(studio, names)}
@@ -127,15 +127,15 @@ def stopping(studio: Studio) -> Callable[[gr.Request], str]:
 
 
 def restoring(studio: Studio, widgets: Widgets) -> Callable[..., dict[Any, Any]]:
-    """A picture of the history was pressed: its settings are back."""
+    """An image of the history was pressed: its settings are back."""
 
     def restore(names: Any, event: gr.SelectData) -> dict[Any, Any]:
         with messages("bringing the settings back"):
             entries = studio.history.entries(names)
             if not isinstance(event.index, int) or not 0 <= event.index < len(entries):
-                raise ValueError("this picture is no longer there; the page keeps pictures while it runs")
+                raise ValueError("this image is no longer there; the page keeps images while it runs")
             values, notes, path = studio.restored(entries[event.index].path.name)
-            return {**_set(widgets, values, notes), widgets["picture"]: path}
+            return {**_set(widgets, values, notes), widgets["drawn"]: path}
 
     return restore
 
@@ -169,7 +169,7 @@ def showing_control(studio: Studio, names: Sequence[str]) -> Callable[..., Any]:
 
     def show(*values: Any) -> Any:
         with messages("the control image"):
-            return studio.control_picture(Form(**dict(zip(names, values, strict=True))))
+            return studio.control_image(Form(**dict(zip(names, values, strict=True))))
 
     return show
 

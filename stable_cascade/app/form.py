@@ -22,8 +22,8 @@ AUTOMATIC = "automatic"
 class Form:
     """The values of the widgets, as the browser sends them: nothing of it is checked yet.
 
-    What nobody changes is as in a new `Drawing`. Pictures are paths of uploaded files, or None. A side or shift of 0
-    is left to the picture or the model.
+    What nobody changes is as in a new `Drawing`. Images are paths of uploaded files, or None. A side or shift of 0
+    is left to the image or the model.
     """
 
     task: Any = Drawing.task

@@ -120,7 +120,7 @@ class Guard:
         if int(length) > self.most_bytes:
             return 413, "the upload is too large"
         if scope["path"].rstrip("/").endswith("/upload") and self.stored() + int(length) > bounds.STORED_UPLOADS:
-            return 507, "the page holds as many pictures as it may; save yours, and start it again"
+            return 507, "the page holds as many images as it may; save yours, and start it again"
         return None
 
 

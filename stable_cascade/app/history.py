@@ -1,4 +1,4 @@
-"""The pictures that were drawn while the page runs: PNG files that carry their settings, and how to get those back."""
+"""The images that were drawn while the page runs: PNG files that carry their settings, and how to get those back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from stable_cascade.drawing import Drawing, Drawn, save_picture
+from stable_cascade.drawing import Drawing, Drawn, save_image
 from stable_cascade.drawing.metadata import slug
 
 from .form import Form
@@ -19,12 +19,12 @@ from .form import Form
 MOST_SHOWN = 48
 MOST_KEPT = 2000
 _NAME = re.compile(r"[\w-]{1,60}-[0-9a-f]{16}\.png")
-_PICTURES = ("image", "reference_1", "reference_2", "reference_3", "control_image", "reconstructed")
+_IMAGES = ("image", "reference_1", "reference_2", "reference_3", "control_image", "reconstructed")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A drawn picture, and the widgets' values that it was asked for with, its own seed among them."""
+    """A drawn image, and the widgets' values that it was asked for with, its own seed among them."""
 
     path: Path
     drawing: Drawing
@@ -32,9 +32,9 @@ class Entry:
 
 
 class History:
-    """The drawn pictures by name.
+    """The drawn images by name.
 
-    A name cannot be guessed, so that whoever has it is who drew the picture: that is how several people at one page
+    A name cannot be guessed, so that whoever has it is who drew the image: that is how several people at one page
     see only their own.
 
     Args:
@@ -51,7 +51,7 @@ class History:
         """The name of the new file; the oldest one goes when there are too many."""
         words = slug(drawn.drawing.prompt, 32) or drawn.drawing.task
         name = f"{words}-{drawn.drawing.seed}-{secrets.token_hex(8)}.png"
-        path = save_picture(drawn, self.folder / name)
+        path = save_image(drawn, self.folder / name)
         kept = replace(form, seed=drawn.drawing.seed, new_seed=False, count=1)
         with self._lock:
             self._entries[name] = Entry(path, drawn.drawing, kept)
@@ -61,18 +61,18 @@ class History:
         return name
 
     def entries(self, names: Any) -> list[Entry]:
-        """Those of the named pictures that are still there, in this order; what a browser made up is passed over."""
+        """Those of the named images that are still there, in this order; what a browser made up is passed over."""
         return [entry for entry in map(self._entry, known_names(names)) if entry is not None]
 
     def entry(self, name: str) -> Entry:
-        """The named picture.
+        """The named image.
 
         Raises:
             ValueError: there is none, or no longer.
         """
         found = self._entry(name)
         if found is None:
-            raise ValueError("this picture is no longer there; the page keeps pictures while it runs")
+            raise ValueError("this image is no longer there; the page keeps images while it runs")
         return found
 
     def _entry(self, name: str) -> Entry | None:
@@ -92,13 +92,13 @@ def known_names(names: Any) -> list[str]:
 
 
 def values_of(entry: Entry) -> tuple[dict[str, Any], list[str]]:
-    """The widgets' values of an entry, its pictures among them, and which of those are no longer there."""
+    """The widgets' values of an entry, its images among them, and which of those are no longer there."""
     values = {field.name: getattr(entry.form, field.name) for field in fields(Form)}
-    lost = [name for name in _PICTURES if values[name] and not Path(values[name]).is_file()]
+    lost = [name for name in _IMAGES if values[name] and not Path(values[name]).is_file()]
     values |= dict.fromkeys(lost)
     edited = values["edited"] or {}
     files = [path for path in (edited.get("background"), *(edited.get("layers") or ())) if path]
     if not all(Path(path).is_file() for path in files):
         values["edited"] = None
         lost.append("edited")
-    return values, ["its input picture is no longer there; upload it again"] if lost else []
+    return values, ["its input image is no longer there; upload it again"] if lost else []

@@ -32,7 +32,7 @@ class Page(gr.Blocks):
         """The values for an event's function.
 
         Raises:
-            gr.Error: an upload is no picture or too large, or a field holds what it cannot hold.
+            gr.Error: an upload is no image or too large, or a field holds what it cannot hold.
         """
         with messages("reading the form"):
             check_payload(inputs, self.studio.folder)
@@ -42,7 +42,7 @@ class Page(gr.Blocks):
             return await super().preprocess_data(block_fn, inputs, *rest, **named)
 
     def _look_at(self, value: Any) -> None:
-        """Decodes new pictures once, within bounds; a file's folder is named after its content."""
+        """Decodes new images once, within bounds; a file's folder is named after its content."""
         for path in [file["path"] for file in uploaded_files(value) if file.get("path")]:
             if path not in self.looked_at:
                 self.studio.read(path)
@@ -83,7 +83,7 @@ def _prompt(widgets: dict[str, Any], studio: Studio) -> None:
     embedded = studio.session.model == "embedded"
     widgets["prompt"] = gr.Textbox(
         EMBEDDED_PROMPTS[0] if embedded else "", label="Prompt", lines=2, max_length=20_000, elem_id="prompt",
-        placeholder="What should be in the picture?", autofocus=True,
+        placeholder="What should be in the image?", autofocus=True,
     )  # fmt: skip
     if embedded:
         gr.Examples(
@@ -98,13 +98,13 @@ def _results(widgets: dict[str, Any]) -> None:
             label="Original", visible=False, interactive=False, height=440, format="png", buttons=["fullscreen"],
             min_width=200, elem_id="original",
         )  # fmt: skip
-        widgets["picture"] = gr.Image(
-            label="Picture", interactive=False, height=440, format="png", buttons=["download", "fullscreen"],
-            min_width=200, elem_id="picture",
+        widgets["drawn"] = gr.Image(
+            label="Image", interactive=False, height=440, format="png", buttons=["download", "fullscreen"],
+            min_width=200, elem_id="drawn",
         )  # fmt: skip
     widgets["line"] = gr.HTML("", elem_id="line", padding=False)
-    widgets["names"] = gr.BrowserState([], storage_key="stable-cascade-pictures")
-    hint("Drawn so far; press a picture to get its settings back.")
+    widgets["names"] = gr.BrowserState([], storage_key="stable-cascade-images")
+    hint("Drawn so far; press an image to get its settings back.")
     widgets["history"] = gr.Gallery(
         show_label=False, columns=7, object_fit="cover", allow_preview=False, interactive=False, buttons=[],
         format="png", fit_columns=False, elem_id="history",

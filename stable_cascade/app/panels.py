@@ -21,7 +21,7 @@ CSS = """
 .line { min-height: 1.4rem; margin: 0; font-variant-numeric: tabular-nums; }
 .line.busy { color: var(--primary-600); }
 .line.refused { color: var(--error-text-color, #b91c1c); }
-.upload-picture img, #picture img, #original img, #control_preview img {
+.upload-image img, #drawn img, #original img, #control_preview img {
     width: 100%; height: 100%; object-fit: contain;
 }
 #control_preview .image-container, #control_image .image-container { padding-top: 1.7rem; }
@@ -42,7 +42,7 @@ TABS = {
 }
 FIRST = Form()
 BRUSH = ("#ff2d95", 0.7)
-"""Colour and opacity, so that the picture is seen below; the mask is what is covered by half at least."""
+"""Colour and opacity, so that the image is seen below; the mask is what is covered by half at least."""
 
 
 def theme() -> gr.themes.Base:
@@ -73,31 +73,31 @@ def task_tabs(widgets: dict[str, Any], studio: Studio) -> None:
 
 
 def _generate(widgets: dict[str, Any], studio: Studio) -> None:
-    hint("A picture from the words above.")
+    hint("An image from the words above.")
 
 
-def uploaded_picture(label: str, name: str, **options: Any) -> gr.Image:
+def uploaded_image(label: str, name: str, **options: Any) -> gr.Image:
     """An upload. Gradio hands its path on and leaves the file as it is."""
     settings = {"height": 260, "buttons": ["fullscreen"], "sources": ["upload", "clipboard"], **options}
     return gr.Image(
-        label=label, type="filepath", image_mode=None, elem_id=name, elem_classes="upload-picture", **settings
+        label=label, type="filepath", image_mode=None, elem_id=name, elem_classes="upload-image", **settings
     )
 
 
 def _image_to_image(widgets: dict[str, Any], studio: Studio) -> None:
-    widgets["image"] = uploaded_picture("Picture", "image")
+    widgets["image"] = uploaded_image("Image", "image")
     widgets["strength"] = gr.Slider(
-        0, 1, FIRST.strength, step=0.05, label="Strength", info="0 keeps the picture, 1 keeps nothing of it"
+        0, 1, FIRST.strength, step=0.05, label="Strength", info="0 keeps the image, 1 keeps nothing of it"
     )
 
 
 def _variation(widgets: dict[str, Any], studio: Studio) -> None:
-    hint("New pictures in the manner of these. The weights say whose counts more; the prompt may stay empty.")
+    hint("New images in the manner of these. The weights say whose counts more; the prompt may stay empty.")
     with gr.Row():
         for number in range(1, REFERENCES + 1):
             with gr.Column(min_width=120):
                 name = f"reference_{number}"
-                widgets[name] = uploaded_picture(f"Picture {number}", name, height=170)
+                widgets[name] = uploaded_image(f"Image {number}", name, height=170)
                 weight = f"reference_weight_{number}"
                 widgets[weight] = gr.Slider(0, 2, getattr(FIRST, weight), step=0.05, label="Weight")
 
@@ -105,7 +105,7 @@ def _variation(widgets: dict[str, Any], studio: Studio) -> None:
 def _inpaint(widgets: dict[str, Any], studio: Studio) -> None:
     brush = gr.Brush(default_size=max(6, studio.side // 14), colors=[BRUSH], default_color=BRUSH, color_mode="fixed")
     widgets["edited"] = gr.ImageEditor(
-        label="Upload a picture, then draw over what is to be painted anew", type="filepath", format="png",
+        label="Upload an image, then draw over what is to be painted anew", type="filepath", format="png",
         sources=("upload", "clipboard"), layers=False, transforms=(), buttons=["fullscreen"], height=380,
         brush=brush, elem_id="edited",
     )  # fmt: skip
@@ -128,13 +128,13 @@ def _control(widgets: dict[str, Any], studio: Studio) -> None:
         own = OWN_FILTER if names else "SoftEdgeFilter"
         widgets["control_filter"] = gr.Dropdown(filters, value=own, label="Filter", elem_id="control_filter")
     with gr.Row():
-        widgets["control_image"] = uploaded_picture("Picture to follow", "control_image", height=230)
+        widgets["control_image"] = uploaded_image("Image to follow", "control_image", height=230)
         widgets["control_preview"] = gr.Image(
             label="What the ControlNet sees", interactive=False, height=230, format="png", buttons=["download"],
             elem_id="control_preview",
         )  # fmt: skip
     widgets["control_filtered"] = gr.Checkbox(
-        FIRST.control_filtered, label="the picture is a control image already (use no filter)"
+        FIRST.control_filtered, label="the image is a control image already (use no filter)"
     )
     with gr.Row():
         widgets["control_scale"] = gr.Slider(0, 2, FIRST.control_scale, step=0.05, label="Scale", min_width=100)
@@ -144,10 +144,10 @@ def _control(widgets: dict[str, Any], studio: Studio) -> None:
 
 def _reconstruct(widgets: dict[str, Any], studio: Studio) -> None:
     hint(
-        "What is left of a picture after the semantic latents: encoded, decoded by Stages B and A, and shown beside "
+        "What is left of an image after the semantic latents: encoded, decoded by Stages B and A, and shown beside "
         "the original. The prompt is not used."
     )
-    widgets["reconstructed"] = uploaded_picture("Picture", "reconstructed")
+    widgets["reconstructed"] = uploaded_image("Image", "reconstructed")
 
 
 def buttons(widgets: dict[str, Any]) -> None:
@@ -165,9 +165,7 @@ def size_and_seed(widgets: dict[str, Any]) -> None:
                 getattr(FIRST, side), label=side.capitalize(), info="0 is automatic", step=8,
                 min_width=90, elem_id=side,
             )  # fmt: skip
-        widgets["count"] = gr.Number(
-            FIRST.count, label="Pictures", info="seeds in a row", min_width=90, elem_id="count"
-        )
+        widgets["count"] = gr.Number(FIRST.count, label="Images", info="seeds in a row", min_width=90, elem_id="count")
     with gr.Row(equal_height=True):
         widgets["seed"] = gr.Number(FIRST.seed, label="Seed", scale=2, min_width=120, elem_id="seed")
         with gr.Column(scale=3, min_width=180):
@@ -201,7 +199,7 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
     """What seldom needs to be changed."""
     with gr.Accordion("Sampling", open=False):
         widgets["negative_prompt"] = gr.Textbox(
-            label="Negative prompt", placeholder="What should not be in the picture?", max_length=20_000
+            label="Negative prompt", placeholder="What should not be in the image?", max_length=20_000
         )
         with gr.Row():
             widgets["prior_num_inference_steps"] = gr.Slider(
@@ -240,4 +238,4 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
                 0, 1, FIRST.guidance_end, step=0.05, label="Guidance to", info="time, 1 is noise"
             )
         widgets["weighted"] = gr.Checkbox(FIRST.weighted, label="read weights in the prompt, as in (apple:1.3)")
-        widgets["preview"] = gr.Checkbox(FIRST.preview, label="draft: show Stage C's rough picture and stop there")
+        widgets["preview"] = gr.Checkbox(FIRST.preview, label="draft: show Stage C's rough image and stop there")

@@ -11,7 +11,7 @@ from stable_cascade.wording import quoted
 
 DEFAULT_PORT = 7860
 LARGEST_UPLOAD = 32.0
-"""Megapixels of an uploaded picture."""
+"""Megapixels of an uploaded image."""
 _SMALLEST_FILE = 4 * 2**20
 
 
@@ -47,7 +47,7 @@ class PageSettings:
 
     @property
     def max_upload_bytes(self) -> int:
-        """The largest file that is taken: four bytes per pixel, what the largest picture has uncompressed."""
+        """The largest file that is taken: four bytes per pixel, what the largest image has uncompressed."""
         return max(_SMALLEST_FILE, int(4e6 * self.max_upload_megapixels))
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from stable_cascade.drawing.pictures import decibels
+from stable_cascade.drawing.images import decibels
 
 from .actions import Known, Wish, described, filter_name, random_seed, settings_of, upload, wish
 from .form import NONE, Form, controlnet_paths, lora_files
@@ -29,11 +29,11 @@ _STAGES = {"prior": "Stage C", "decoder": "Stage B"}
 
 @dataclass(frozen=True)
 class Progress:
-    """What there is to see now: a line, a picture (rough, or a finished file), what was finished so far."""
+    """What there is to see now: a line, an image (rough, or a finished file), what was finished so far."""
 
     line: str
     seed: int
-    picture: Image.Image | Path | None = None
+    image: Image.Image | Path | None = None
     original: Image.Image | None = None
     finished: tuple[str, ...] = ()
 
@@ -44,18 +44,18 @@ class Studio:
     Args:
         session: of the model; one drawing at a time.
         settings: of the page.
-        folder: for pictures, gone when the page ends.
+        folder: for images, gone when the page ends.
     """
 
     def __init__(self, session: Session, settings: PageSettings, folder: Path) -> None:
         self.session, self.settings, self.folder = session, settings, folder
-        self.history = History(folder / "pictures")
+        self.history = History(folder / "images")
         self.controlnets = controlnet_paths(settings.controlnets)
         self._running: dict[str, Run] = {}
 
     @property
     def side(self) -> int:
-        """The side of a square picture that the model was trained on."""
+        """The side of a square image that the model was trained on."""
         from stable_cascade.pipelines.inputs import default_side
 
         return default_side(self.session.pipeline.config["resolution_multiple"])
@@ -67,11 +67,11 @@ class Studio:
         return Known(self.read, lora_files(self.settings.lora_dir), self.controlnets, tuple(filter_names()))
 
     def read(self, path: str, mode: str | None = "RGB") -> Image.Image:
-        """An uploaded picture."""
+        """An uploaded image."""
         return read_upload(path, mode=mode, largest=self.settings.max_upload_megapixels)
 
     def draw(self, form: Form, visitor: str) -> Iterator[Progress]:
-        """Draws what the form asks for; every step is told, every picture is kept as soon as it is done.
+        """Draws what the form asks for; every step is told, every image is kept as soon as it is done.
 
         Args:
             visitor: who asks; `stop` with the same name ends it.
@@ -92,7 +92,7 @@ class Studio:
                 now, told = self._told(now, news, asked, form), time.monotonic()
                 yield now
         except Stopped:
-            yield replace(now, line=f"stopped · {_pictures(len(now.finished))} finished")
+            yield replace(now, line=f"stopped · {_images(len(now.finished))} finished")
         finally:
             self._running.pop(visitor, None)
 
@@ -103,22 +103,22 @@ class Studio:
             run.stop()
         return run is not None
 
-    def control_picture(self, form: Form) -> Image.Image | None:
-        """What the ControlNet will be shown, or without one what the chosen filter makes; None without a picture."""
+    def control_image(self, form: Form) -> Image.Image | None:
+        """What the ControlNet will be shown, or without one what the chosen filter makes; None without an image."""
         if not form.control_image:
             return None
         known = self.known()
         if form.controlnet not in (None, NONE):
             asked = wish(replace(form, task="control", seed=0, count=1), known, self.session.drawing)
-            return self.session.control_pictures(asked.drawing, asked.pictures)[0]
+            return self.session.control_images(asked.drawing, asked.images)[0]
         name = filter_name(form, known)
-        picture, _ = upload("control", form.control_image, known)
+        image, _ = upload("control", form.control_image, known)
         if name is None or form.control_filtered:
-            return picture
-        return filtered(picture, name, self.side)
+            return image
+        return filtered(image, name, self.side)
 
     def restored(self, name: str) -> tuple[dict[str, Any], list[str], Path]:
-        """The widgets' values of a picture of the history, what could not be restored, and the picture."""
+        """The widgets' values of an image of the history, what could not be restored, and the image."""
         entry = self.history.entry(name)
         values, notes = values_of(entry)
         return values, notes, entry.path
@@ -130,42 +130,42 @@ class Studio:
         if drawing.model != self.session.model:
             notes.append(f"it was drawn with the model {Path(drawing.model).name}")
         if drawing.task != "generate":
-            notes.append("choose its input picture again")
+            notes.append("choose its input image again")
         return values, notes
 
     def _each(self, asked: Wish, on_step: Any) -> Iterator[Any]:
         if asked.drawing.task == "reconstruct":
-            yield self.session.original(asked.drawing, asked.pictures)
-        yield from self.session.each(asked.drawing, asked.pictures, count=asked.count, on_step=on_step)
+            yield self.session.original(asked.drawing, asked.images)
+        yield from self.session.each(asked.drawing, asked.images, count=asked.count, on_step=on_step)
 
     def _told(self, now: Progress, news: Any, asked: Wish, form: Form) -> Progress:
-        number = f"picture {len(now.finished) + 1} of {asked.count} · " if asked.count > 1 else ""
+        number = f"image {len(now.finished) + 1} of {asked.count} · " if asked.count > 1 else ""
         if isinstance(news, Image.Image):
             return replace(now, original=news)
         if isinstance(news, Step):
             line = f"{number}{_STAGES.get(news.stage, news.stage)} · step {news.step} of {news.total}"
-            return replace(now, line=line, picture=news.preview)
+            return replace(now, line=line, image=news.preview)
         name = self.history.keep(news, form)
         path = self.history.entry(name).path
         line = f"{described(news.drawing)} · {news.drawing.width} x {news.drawing.height} · {news.seconds:.1f} s"
         if now.original is not None:
-            line = f"{line} · PSNR {decibels(news.picture, now.original):.1f} dB"
-        return replace(now, line=line, picture=path, finished=(*now.finished, name))
+            line = f"{line} · PSNR {decibels(news.image, now.original):.1f} dB"
+        return replace(now, line=line, image=path, finished=(*now.finished, name))
 
 
-def filtered(picture: Image.Image, name: str, side: int) -> Image.Image:
-    """What a filter makes of a picture whose shorter side is `side`, as a picture to look at.
+def filtered(image: Image.Image, name: str, side: int) -> Image.Image:
+    """What a filter makes of an image whose shorter side is `side`, as an image to look at.
 
     Raises:
         ValueError: no such filter, or it needs a package or an encoder.
     """
-    from stable_cascade.controls import control_picture, make_filter
+    from stable_cascade.controls import make_filter, view_control
     from stable_cascade.data.images import resize_to_cover
-    from stable_cascade.pipelines.outputs import to_pictures, to_pixels
+    from stable_cascade.pipelines.outputs import to_images, to_pixels
 
-    pixels = resize_to_cover(to_pixels(picture)[0], (side, side))[None]
-    return to_pictures(control_picture(make_filter(name)(pixels)), "pil")[0]
+    pixels = resize_to_cover(to_pixels(image)[0], (side, side))[None]
+    return to_images(view_control(make_filter(name)(pixels)), "pil")[0]
 
 
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"

@@ -36,7 +36,7 @@ def add_app(commands: Any) -> None:
     parser.add_argument("--offload", action="store_true", help="keep only the network at work on the device")
     parser.add_argument(
         "--max-upload-megapixels", type=float, default=LARGEST_UPLOAD, metavar="N",
-        help="largest picture that is taken (default %(default)s)",
+        help="largest image that is taken (default %(default)s)",
     )  # fmt: skip
     parser.set_defaults(run=_app)
 
@@ -59,5 +59,5 @@ def _app(arguments: argparse.Namespace) -> None:
         offload=arguments.offload,
         max_upload_megapixels=arguments.max_upload_megapixels,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the way out that removes the pictures' folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the way out that removes the images' folder
     serve(settings, told=lambda line: print(line, flush=True))

@@ -32,26 +32,26 @@ PROMPT = {"metavar": "PROMPT", "help": "what to draw; several give a row each"}
 
 def add_generate(commands: Any) -> None:
     """Adds `generate PROMPT`."""
-    options = _command(commands, "generate", "draw pictures from text")
+    options = _command(commands, "generate", "draw images from text")
     options.add("prompt", nargs="*", **PROMPT)
     _finish(options)
 
 
 def add_variation(commands: Any) -> None:
     """Adds `variation PROMPT --image FILE`."""
-    options = _command(commands, "variation", "draw pictures like one or several others")
+    options = _command(commands, "variation", "draw images like one or several others")
     options.add("prompt", nargs="*", **PROMPT)
-    options.add("--image", action="append", metavar="FILE[:WEIGHT]", help="a picture to vary; repeatable")
+    options.add("--image", action="append", metavar="FILE[:WEIGHT]", help="an image to vary; repeatable")
     add_control_options(options, own_image=True)
     _finish(options)
 
 
 def add_img2img(commands: Any) -> None:
     """Adds `img2img PROMPT --image FILE --strength S`."""
-    options = _command(commands, "img2img", "change a picture as a text says")
+    options = _command(commands, "img2img", "change an image as a text says")
     options.add("prompt", nargs="*", **PROMPT)
-    options.add("--image", metavar="FILE", help="the picture to start from")
-    options.add("--strength", type=float, help="0 keeps the picture, 1 ignores it "
+    options.add("--image", metavar="FILE", help="the image to start from")
+    options.add("--strength", type=float, help="0 keeps the image, 1 ignores it "
                 f"(default {STRENGTHS['img2img']:g})")  # fmt: skip
     _add_references(options)
     add_control_options(options, own_image=True)
@@ -60,10 +60,10 @@ def add_img2img(commands: Any) -> None:
 
 def add_inpaint(commands: Any) -> None:
     """Adds `inpaint PROMPT --image FILE --mask FILE`."""
-    options = _command(commands, "inpaint", "repaint a part of a picture, or paint around it")
+    options = _command(commands, "inpaint", "repaint a part of an image, or paint around it")
     options.add("prompt", nargs="*", **PROMPT)
-    options.add("--image", metavar="FILE", help="the picture")
-    options.add("--mask", metavar="FILE", help="a picture of its size, white where to repaint")
+    options.add("--image", metavar="FILE", help="the image")
+    options.add("--mask", metavar="FILE", help="an image of its size, white where to repaint")
     options.add("--outpaint", metavar="LEFT,TOP,RIGHT,BOTTOM", help="pixels to paint around it, instead of a mask")
     options.add("--strength", type=float, help="how far the repainted part may leave what is there "
                 f"(default {STRENGTHS['inpaint']:g})")  # fmt: skip
@@ -84,8 +84,8 @@ def add_control(commands: Any) -> None:
 
 def add_reconstruct(commands: Any) -> None:
     """Adds `reconstruct FILE …`."""
-    options = _command(commands, "reconstruct", "show what the cascade's latents keep of pictures")
-    options.add("image", nargs="*", metavar="FILE", help="pictures to encode and decode")
+    options = _command(commands, "reconstruct", "show what the cascade's latents keep of images")
+    options.add("image", nargs="*", metavar="FILE", help="images to encode and decode")
     options.add("--prompt", nargs=1, metavar="TEXT", help="what they show; helps a little")
     _finish(options, prior=False)
 
@@ -100,7 +100,7 @@ def _command(commands: Any, name: str, text: str) -> Parser:
 
 
 def _add_references(options: Parser) -> None:
-    options.add("--reference", action="append", metavar="FILE[:WEIGHT]", help="a picture to resemble; repeatable")
+    options.add("--reference", action="append", metavar="FILE[:WEIGHT]", help="an image to resemble; repeatable")
 
 
 def _finish(options: Parser, *, prior: bool = True) -> None:
@@ -138,8 +138,8 @@ def _run(arguments: argparse.Namespace) -> None:
     several = given["count"] * len(drawings) > 1
     with Progress(given["count"] * len(drawings), given["live"]) as progress:
         told: dict[str, Any] = {"on_step": progress.on_step, "previews": given["live"] is not None}
-        pictures = itertools.chain.from_iterable(session.each(drawing, **options, **told) for drawing in drawings)
-        for drawn in progress.watch(pictures):
+        images = itertools.chain.from_iterable(session.each(drawing, **options, **told) for drawing in drawings)
+        for drawn in progress.watch(images):
             written.append((drawn, new_path(given["output"], drawn, len(written) if several else None)))
             if not given["json"]:
                 progress.say(_line(session, *written[-1]))
@@ -153,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def drawings_of(given: dict[str, Any]) -> list[Drawing]:
-    """One drawing per prompt (per picture, of reconstruct), before anything is loaded.
+    """One drawing per prompt (per image, of reconstruct), before anything is loaded.
 
     Raises:
         ValueError: an option that means nothing, or nothing to draw.
@@ -164,7 +164,7 @@ def drawings_of(given: dict[str, Any]) -> list[Drawing]:
         base = replace(base, prompt=given["prompt"][0]) if given.get("prompt") else base
         files = given.get("image") or []
         if not files and base.image is None:
-            raise ValueError("no picture is given; name FILE, or --from-image")
+            raise ValueError("no image is given; name FILE, or --from-image")
         return [replace(base, image=InputFile(file)) for file in files] or [base]
     base = changed_drawing(base, given)
     prompts = prompts_of(given)
@@ -186,13 +186,11 @@ def _base(given: dict[str, Any]) -> Drawing:
     name, record = quoted(given["from_image"]), read_record(given["from_image"])
     task = record.drawing.task
     if task != given["command"]:
-        raise ValueError(f"picture {name} was drawn by {task}; run: stable-cascade {task} --from-image …")
+        raise ValueError(f"image {name} was drawn by {task}; run: stable-cascade {task} --from-image …")
     for setting in record.redacted:
         options = [option for option, field in SIMPLE.items() if field == setting] or [setting]
         if not set(options) & given.keys():
-            raise ValueError(
-                f"picture {name} does not hold its {setting}, which had a credential in it; give it again"
-            )
+            raise ValueError(f"image {name} does not hold its {setting}, which had a credential in it; give it again")
     return record.drawing
 
 
@@ -202,16 +200,16 @@ def _write_controls(session: Session, drawing: Drawing, given: dict[str, Any]) -
         return []
     if not drawing.controlnets:
         raise ValueError("--show-control shows what a ControlNet sees, and none is given; add --controlnet")
-    return [save_new(picture, target) for picture in session.control_pictures(drawing)]
+    return [save_new(image, target) for image in session.control_images(drawing)]
 
 
-def _write_sheet(session: Session, pictures: Sequence[Drawn], rows: int, given: dict[str, Any]) -> Path | None:
+def _write_sheet(session: Session, images: Sequence[Drawn], rows: int, given: dict[str, Any]) -> Path | None:
     if given["sheet"] is None:
         return None
     shown = []
-    for drawn in pictures:
+    for drawn in images:
         original = session.original(drawn.drawing) if drawn.drawing.task == "reconstruct" else None
-        shown += [drawn.picture] if original is None else [original, drawn.picture]
+        shown += [drawn.image] if original is None else [original, drawn.image]
     return write_sheet(shown, given["sheet"], columns=len(shown) // rows)
 
 
@@ -222,7 +220,7 @@ def _line(session: Session, drawn: Drawn, path: Path) -> str:
 
 
 def _entry(session: Session, drawn: Drawn, path: Path) -> dict[str, Any]:
-    """What `--json` says about a picture."""
+    """What `--json` says about an image."""
     from stable_cascade.drawing.metadata import describe
 
     settings = describe(drawn.drawing, {})["drawing"]
@@ -234,8 +232,8 @@ def _entry(session: Session, drawn: Drawn, path: Path) -> dict[str, Any]:
 
 def _psnr(session: Session, drawn: Drawn) -> float:
     """How near a reconstruction is to its original, in dB."""
-    from stable_cascade.drawing.pictures import decibels
+    from stable_cascade.drawing.images import decibels
 
     original = session.original(drawn.drawing)
     assert original is not None
-    return decibels(drawn.picture, original)
+    return decibels(drawn.image, original)

@@ -66,7 +66,7 @@ def add_model_options(options: Parser) -> None:
     options.add("--tiling", action=argparse.BooleanOptionalAction, default=None,
                 help="Stage A works in tiles: less memory (default: from 2048 x 2048 pixels on)")  # fmt: skip
     options.add("--compile", action="store_true", default=False,
-                help="compile Stages C and B with torch.compile: the first picture waits for it")  # fmt: skip
+                help="compile Stages C and B with torch.compile: the first image waits for it")  # fmt: skip
     options.add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA in any known format; repeatable")
     options.add("--no-lora", dest="lora", action="store_const", const=[], help="with --from-image: leave them away")
 
@@ -74,8 +74,8 @@ def add_model_options(options: Parser) -> None:
 def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
     """How it draws; without `prior` only Stage B does."""
     options.group("sampling")
-    options.add("--seed", type=int, help="picture number i is drawn with seed + i (default 0)")
-    options.add("--height", type=int, help="multiple of 8; default: the model's own, or the picture's")
+    options.add("--seed", type=int, help="image number i is drawn with seed + i (default 0)")
+    options.add("--height", type=int, help="multiple of 8; default: the model's own, or the image's")
     options.add("--width", type=int, help="the same")
     if prior:
         options.add("--steps", type=int, help="of Stage C (default 20)")
@@ -95,38 +95,38 @@ def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
 
 
 def add_control_options(options: Parser, *, own_image: bool) -> None:
-    """ControlNets, and with `own_image` the pictures they look at."""
+    """ControlNets, and with `own_image` the images they look at."""
     options.group("ControlNets")
     options.add("--controlnet", action="append", metavar="PATH[:SCALE[:START[:END]]]",
                 help="folder, file or Hub name, and when it acts (default 1:0:1); repeatable")  # fmt: skip
     if own_image:
         options.add("--control-image", action="append", metavar="FILE", dest="control_image",
                     help="what a ControlNet looks at, in the same order; default: --image")  # fmt: skip
-    options.switch("--filtered", "the pictures are control images already")
+    options.switch("--filtered", "the images are control images already")
     options.add("--filter", metavar="NAME", help="the filter of a ControlNet that does not name its own")
-    options.add("--show-control", type=local_path, default=None, metavar="FILE", help="also write the control picture")
+    options.add("--show-control", type=local_path, default=None, metavar="FILE", help="also write the control image")
 
 
 def add_output_options(options: Parser) -> None:
-    """What becomes of the pictures."""
+    """What becomes of the images."""
     options.group("output")
-    options.add("--count", type=int, default=1, help="pictures per prompt (default %(default)s)")
+    options.add("--count", type=int, default=1, help="images per prompt (default %(default)s)")
     options.add("--batch-size", type=int, default=1,
-                help="pictures at a time (default %(default)s); above 1 their last bit may depend on it")  # fmt: skip
+                help="images at a time (default %(default)s); above 1 their last bit may depend on it")  # fmt: skip
     options.add(
         "--output",
         type=local_path,
         default=Path("outputs"),
         metavar="PLACE",
-        help="a folder, or the picture's .png file (default: %(default)s)",
+        help="a folder, or the image's .png file (default: %(default)s)",
     )
-    options.add("--sheet", type=local_path, default=None, metavar="FILE", help="also write all pictures side by side")
+    options.add("--sheet", type=local_path, default=None, metavar="FILE", help="also write all images side by side")
     options.add(
-        "--live", type=local_path, default=None, metavar="FILE", help="rewrite this picture while Stage C samples"
+        "--live", type=local_path, default=None, metavar="FILE", help="rewrite this image while Stage C samples"
     )
     options.add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
     options.add("--from-image", type=local_path, default=None, metavar="PNG",
-                help="draw this picture again; options beside it change what they name")  # fmt: skip
+                help="draw this image again; options beside it change what they name")  # fmt: skip
     options.add("--allow-changed-files", action="store_true", default=False,
                 help="with --from-image: also from files that are not the same any more")  # fmt: skip
 
@@ -185,7 +185,7 @@ def _references(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _controls(base: Drawing, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The ControlNets: new ones keep the pictures of the old ones in their place, and the other way round."""
+    """The ControlNets: new ones keep the images of the old ones in their place, and the other way round."""
     choices = list(base.controlnets)
     if "controlnet" in given:
         found = _parsed(given["controlnet"], "--controlnet", 3)
@@ -194,13 +194,13 @@ def _controls(base: Drawing, given: Mapping[str, Any]) -> dict[str, Any]:
             ControlChoice(path, image, **_named(numbers, "scale", "start", "end"))
             for (path, numbers), image in zip(found, old, strict=False)
         ]
-    pictures = given.get("image") if base.task == "control" else given.get("control_image")
-    if pictures is not None:
+    images = given.get("image") if base.task == "control" else given.get("control_image")
+    if images is not None:
         if not choices:
-            raise ValueError("a picture for a ControlNet is given and no ControlNet; add --controlnet")
-        if len(pictures) not in (1, len(choices)):
-            raise ValueError(f"{len(pictures)} control pictures for {len(choices)} ControlNets; give one each, or one")
-        files = [InputFile(path) for path in pictures] * (len(choices) if len(pictures) == 1 else 1)
+            raise ValueError("an image for a ControlNet is given and no ControlNet; add --controlnet")
+        if len(images) not in (1, len(choices)):
+            raise ValueError(f"{len(images)} control images for {len(choices)} ControlNets; give one each, or one")
+        files = [InputFile(path) for path in images] * (len(choices) if len(images) == 1 else 1)
         choices = [replace(choice, image=file) for choice, file in zip(choices, files, strict=True)]
     for name in ("filtered", "filter"):
         if name in given:

@@ -27,22 +27,22 @@ def add_prepare(commands: Any) -> None:
     """Adds `prepare FOLDER OUT`."""
     parser = commands.add_parser(
         "prepare",
-        help="make shards from a folder of pictures and captions",
-        description="Makes shards for webdataset_path from a folder of pictures. A caption is the .txt of the same "
+        help="make shards from a folder of images and captions",
+        description="Makes shards for webdataset_path from a folder of images. A caption is the .txt of the same "
         "name, a row of metadata.jsonl, metadata.csv or captions.csv (file_name, text), or a key text or caption of "
         "the .json of the same name.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="pictures and captions, searched with its subfolders")
+    parser.add_argument("folder", metavar="FOLDER", help="images and captions, searched with its subfolders")
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--shard-size", type=int, default=1000, help="samples in one shard (default %(default)s)")
     parser.add_argument(
         "--max-broken-share",
         type=float,
         default=0.1,
-        help="stop when more than this share of the pictures cannot be decoded (default %(default)s)",
+        help="stop when more than this share of the images cannot be decoded (default %(default)s)",
     )
     parser.add_argument(
-        "--allow-missing-captions", action="store_true", help="write '' for a picture without a caption"
+        "--allow-missing-captions", action="store_true", help="write '' for an image without a caption"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that are in OUT")
     parser.set_defaults(run=_prepare)

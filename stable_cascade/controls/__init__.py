@@ -1,6 +1,6 @@
-"""Control images for the ControlNet: what a filter makes of a picture before it guides the prior.
+"""Control images for the ControlNet: what a filter makes of an image before it guides the prior.
 
-A filter is a class with `channels` and `__call__(pixels, generators=None)`: pictures in [0, 1], (B, 3, H, W), become
+A filter is a class with `channels` and `__call__(pixels, generators=None)`: images in [0, 1], (B, 3, H, W), become
 control images (B, channels, h, w). With one generator per sample it draws (training); with None it is deterministic.
 """
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .faces import CascadeFaceEmbedder, FaceEmbedder, InsightFaceEmbedder
     from .identity import IdentityFilter
     from .inpainting import InpaintFilter
-    from .pictures import control_picture
     from .qr import QRFilter
     from .registry import ControlFilter, check_filter, filter_names, make_filter
     from .super_resolution import SREffnetFilter, SRPixelFilter
+    from .views import view_control
 
 __all__ = [
     "CannyFilter",
@@ -35,9 +35,9 @@ __all__ = [
     "SRPixelFilter",
     "SoftEdgeFilter",
     "check_filter",
-    "control_picture",
     "filter_names",
     "make_filter",
+    "view_control",
 ]
 
 __getattr__, __dir__ = lazy_exports(globals())

@@ -19,25 +19,25 @@ LARGEST_KERNEL = 127
 
 
 def per_sample(pixels: Tensor, generators: Sequence[Generator] | None) -> list[tuple[Tensor, Generator | None]]:
-    """Each picture, (3, H, W) float32 on the CPU, with its generator (None: nothing is drawn).
+    """Each image, (3, H, W) float32 on the CPU, with its generator (None: nothing is drawn).
 
     Raises:
-        ValueError: `pixels` is no batch of RGB pictures, or the numbers of pictures and generators differ.
+        ValueError: `pixels` is no batch of RGB images, or the numbers of images and generators differ.
     """
     checked_pixels(pixels)
     if generators is not None and len(generators) != len(pixels):
-        raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures; give one for each, or None")
+        raise ValueError(f"{len(generators)} generators for {len(pixels)} images; give one for each, or None")
     own: Sequence[Generator | None] = [None] * len(pixels) if generators is None else generators
     return list(zip(pixels.detach().float().cpu(), own, strict=True))
 
 
 def checked_pixels(pixels: Tensor) -> Tensor:
-    """`pixels`, if it is a batch of RGB pictures in floating point."""
+    """`pixels`, if it is a batch of RGB images in floating point."""
     if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
         seen = f"{tuple(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ValueError(f"a filter takes RGB pictures (batch, 3, height, width) in [0, 1] as floats; got {seen}")
+        raise ValueError(f"a filter takes RGB images (batch, 3, height, width) in [0, 1] as floats; got {seen}")
     if not pixels.numel():
-        raise ValueError(f"a filter takes at least one picture of at least one pixel; got {tuple(pixels.shape)}")
+        raise ValueError(f"a filter takes at least one image of at least one pixel; got {tuple(pixels.shape)}")
     return pixels
 
 

@@ -16,10 +16,10 @@ REMEDY = "pip install 'stable-cascade[controlnet_aux]'"
 
 
 class ControlNetAuxFilter:
-    """What a `controlnet_aux` processor draws of the picture, enlarged to the picture's size.
+    """What a `controlnet_aux` processor draws of the image, enlarged to the image's size.
 
     Args:
-        processor: the name of a class of controlnet_aux, as "MidasDetector", or an object: called with a PIL picture
+        processor: the name of a class of controlnet_aux, as "MidasDetector", or an object: called with a PIL image
             it returns one, or an array.
         checkpoint: where the class's `from_pretrained` finds its weights: a folder or a repository on the Hub.
         channels: 3 keeps colours (pose, normals), 1 takes their mean (depth, lines).
@@ -51,10 +51,10 @@ class ControlNetAuxFilter:
         """Shapes: (B, 3, H, W) in [0, 1] -> (B, channels, H, W) in [0, 1]; nothing is drawn by this class.
 
         Raises:
-            ValueError: controlnet_aux is not installed, has no such class, or its result is no picture.
+            ValueError: controlnet_aux is not installed, has no such class, or its result is no image.
         """
         processor = self._loaded(pixels.device)
-        drawn = [self._drawn(processor, picture) for picture, _ in per_sample(pixels, generators)]
+        drawn = [self._drawn(processor, image) for image, _ in per_sample(pixels, generators)]
         return torch.stack(drawn).to(pixels.device)
 
     def _loaded(self, device: torch.device) -> Any:
@@ -64,11 +64,11 @@ class ControlNetAuxFilter:
             self._processor.to(device)
         return self._processor
 
-    def _drawn(self, processor: Any, picture: Tensor) -> Tensor:
+    def _drawn(self, processor: Any, image: Tensor) -> Tensor:
         import numpy as np
         from PIL import Image
 
-        levels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        levels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
         sizes = {"detect_resolution": self.resolution, "image_resolution": self.resolution} if self.resolution else {}
         result = processor(Image.fromarray(levels), **{"output_type": "pil", **sizes, **self.options})
         name = type(processor).__name__
@@ -76,9 +76,9 @@ class ControlNetAuxFilter:
         if array.ndim == 2:
             array = np.repeat(array[:, :, None], 3, axis=2)
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-            raise ValueError(f"{name} returned {array.shape} {array.dtype}; expected a picture of 8-bit levels")
+            raise ValueError(f"{name} returned {array.shape} {array.dtype}; expected an image of 8-bit levels")
         control = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
-        control = resized(control, picture.shape[-2:]).clamp(0, 1)
+        control = resized(control, image.shape[-2:]).clamp(0, 1)
         return control.mean(dim=0, keepdim=True) if self.channels == 1 else control
 
 

@@ -25,9 +25,9 @@ OPENCV = "pip install 'stable-cascade[controls]'"
 
 
 class CannyFilter:
-    """Canny's edges, found at `resize` x `resize` pixels and enlarged bilinearly to the picture's size.
+    """Canny's edges, found at `resize` x `resize` pixels and enlarged bilinearly to the image's size.
 
-    Every picture is squeezed into the square, as the released weights were trained; `resize=None` keeps its size.
+    Every image is squeezed into the square, as the released weights were trained; `resize=None` keeps its size.
 
     Args:
         resize: side at which edges are found.
@@ -46,26 +46,26 @@ class CannyFilter:
 
     def __call__(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Shapes: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1]; nothing is drawn."""
-        edges = [self._edges(picture) for picture, _ in per_sample(pixels, generators)]
+        edges = [self._edges(image) for image, _ in per_sample(pixels, generators)]
         return torch.stack(edges).to(pixels.device)
 
-    def _edges(self, picture: Tensor) -> Tensor:
+    def _edges(self, image: Tensor) -> Tensor:
         cv2 = needed_module("cv2", "CannyFilter", OPENCV)
-        small = resized(picture, self.resize).clamp(0, 1)
+        small = resized(image, self.resize).clamp(0, 1)
         # Truncated, not rounded: that is what the original's edges were made of.
         levels = (small * 255).byte().permute(1, 2, 0).contiguous().numpy()
         edges = torch.from_numpy(cv2.Canny(levels, self.low, self.high))[None].float() / 255
-        return resized(edges, None if self.resize is None else picture.shape[-2:]).clamp(0, 1)
+        return resized(edges, None if self.resize is None else image.shape[-2:]).clamp(0, 1)
 
 
 class SoftEdgeFilter:
-    """How strongly the picture changes at each place: a smoothed gradient, no network.
+    """How strongly the image changes at each place: a smoothed gradient, no network.
 
-    The gradient of the blurred picture, the strongest of the three colours, divided by the value that 2 % of the
+    The gradient of the blurred image, the strongest of the three colours, divided by the value that 2 % of the
     places exceed (at least `floor`, so that the noise of an even surface stays dark).
 
     Args:
-        resize: the shorter side at which gradients are taken; None keeps the picture's size.
+        resize: the shorter side at which gradients are taken; None keeps the image's size.
         sigma: blur before the gradient, in pixels at that size.
         dilation_kernels: widths by which edges are thickened, one drawn per sample; the first without a generator.
         binarize: edges are 0 or 1, above a threshold drawn from `threshold`; its middle without a generator.
@@ -96,14 +96,14 @@ class SoftEdgeFilter:
 
     def __call__(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Shapes: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1]."""
-        edges = [self._edges(picture, generator) for picture, generator in per_sample(pixels, generators)]
+        edges = [self._edges(image, generator) for image, generator in per_sample(pixels, generators)]
         return torch.stack(edges).to(pixels.device)
 
-    def _edges(self, picture: Tensor, generator: Generator | None) -> Tensor:
-        size = picture.shape[-2:]
+    def _edges(self, image: Tensor, generator: Generator | None) -> Tensor:
+        size = image.shape[-2:]
         width = draw_choice(self.dilation_kernels, generator)
         threshold = draw_uniform(*self.threshold, generator)
-        strength = gradient(gaussian_blur(resized(picture, self._working_size(size), antialias=True), self.sigma))
+        strength = gradient(gaussian_blur(resized(image, self._working_size(size), antialias=True), self.sigma))
         strongest = max(_quantile(strength, 0.98), self.floor)
         edges = dilate((strength / strongest).clamp(0, 1), width)
         if self.binarize:
@@ -115,7 +115,7 @@ class SoftEdgeFilter:
             return None
         if max(size) > LONGEST_SHAPE * min(size):
             raise ValueError(
-                f"SoftEdgeFilter takes pictures up to {LONGEST_SHAPE} times as long as wide, this one is {size[0]} x "
+                f"SoftEdgeFilter takes images up to {LONGEST_SHAPE} times as long as wide, this one is {size[0]} x "
                 f"{size[1]} (height x width); cut it"
             )
         scale = self.resize / min(size)
@@ -131,12 +131,12 @@ def _quantile(values: Tensor, share: float) -> float:
     return float(np.quantile(values.cpu().numpy(), share))
 
 
-def gradient(picture: Tensor) -> Tensor:
+def gradient(image: Tensor) -> Tensor:
     """Length of Sobel's gradient, in brightness per pixel, the strongest of the channels.
 
     Shapes: (C, H, W) -> (1, H, W).
     """
     across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
     kernels = torch.stack([across, across.T])[:, None]
-    padded = F.pad(picture[:, None], (1, 1, 1, 1), mode="replicate")
+    padded = F.pad(image[:, None], (1, 1, 1, 1), mode="replicate")
     return F.conv2d(padded, kernels).square().sum(dim=1).sqrt().amax(dim=0, keepdim=True)

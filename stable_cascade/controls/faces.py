@@ -1,4 +1,4 @@
-"""Faces in a picture, and a vector that says whose they are."""
+"""Faces in an image, and a vector that says whose they are."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ IDENTITY_SIZE = 512
 
 @runtime_checkable
 class FaceEmbedder(Protocol):
-    """Finds faces. `size` is the length of its vectors; a fixed picture always gives the same answer."""
+    """Finds faces. `size` is the length of its vectors; a fixed image always gives the same answer."""
 
     size: int
 
-    def __call__(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (left, top, right, bottom, in pixels) and vectors of length one.
 
         Shapes: (3, H, W) in [0, 1] on the CPU -> (N, 4) float32, (N, size) float32.
@@ -57,7 +57,7 @@ class InsightFaceEmbedder:
         self.detection_size = checked_count("detection_size", detection_size, lowest=32)
         self.threshold = checked_number("threshold", threshold, 0, 1)
 
-    def __call__(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes and ArcFace vectors; shapes as in `FaceEmbedder`.
 
         Raises:
@@ -65,7 +65,7 @@ class InsightFaceEmbedder:
         """
         if self._app is None:
             self._app = self._prepared()
-        levels = (picture.clamp(0, 1) * 255).round().byte()
+        levels = (image.clamp(0, 1) * 255).round().byte()
         found = self._app.get(levels.flip(0).permute(1, 2, 0).contiguous().numpy())
         boxes = [torch.as_tensor(face.bbox).float() for face in found]
         vectors = [torch.as_tensor(face.embedding).float().flatten() for face in found]
@@ -84,12 +84,12 @@ class CascadeFaceEmbedder:
     """Faces by a cascade of local binary patterns, described by the directions of their gradients.
 
     Works from packages alone: scikit-image ships the trained cascade (frontal faces), and the vector is a fixed
-    description of the face's crop, 8 x 8 cells of 8 directions. It is no ArcFace: it tells pictures of one shot
+    description of the face's crop, 8 x 8 cells of 8 directions. It is no ArcFace: it tells images of one shot
     apart from those of another, and does not recognise a person across pose, age or light. Use it to try out and
     test identity trainings, not to train one for use.
 
     Args:
-        side: the picture's shorter side at which faces are looked for.
+        side: the image's shorter side at which faces are looked for.
         smallest: smallest face, as a share of the shorter side.
         neighbours: how many overlapping findings make a face.
 
@@ -105,13 +105,13 @@ class CascadeFaceEmbedder:
         self.neighbours = checked_count("neighbours", neighbours)
         self._cascade: Any = None
 
-    def __call__(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes and descriptions; shapes as in `FaceEmbedder`.
 
         Raises:
             ValueError: scikit-image is not installed.
         """
-        brightness = (picture * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=0, keepdim=True)
+        brightness = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=0, keepdim=True)
         boxes = self._faces(brightness)
         return _stacked(boxes, [self._described(brightness, box) for box in boxes], self.size)
 

@@ -1,4 +1,4 @@
-"""Vectors of faces, painted where the faces are, as control image: for pictures of a given person."""
+"""Vectors of faces, painted where the faces are, as control image: for images of a given person."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class IdentityFilter:
     The largest `max_faces` faces are kept, smaller ones painted last.
 
     Args:
-        max_faces: faces per picture at most.
+        max_faces: faces per image at most.
         p_drop: how often a face is left out; never without a generator.
-        p_full: how often the vector of an only face covers the whole picture, which frees it of its place; never
+        p_full: how often the vector of an only face covers the whole image, which frees it of its place; never
             without a generator.
         embedder: "insightface" (ArcFace, an extra), "cascade" (packages alone, no ArcFace), "package.module:Class",
             or a `FaceEmbedder`.
@@ -51,13 +51,13 @@ class IdentityFilter:
 
     def __call__(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Shapes: (B, 3, H, W) in [0, 1] -> (B, 512, H // 32, W // 32), rounded down, at least 1."""
-        painted = [self._painted(picture, generator) for picture, generator in per_sample(pixels, generators)]
+        painted = [self._painted(image, generator) for image, generator in per_sample(pixels, generators)]
         return torch.stack(painted).to(pixels.device)
 
-    def _painted(self, picture: Tensor, generator: Generator | None) -> Tensor:
-        height, width = (max(1, side // CELL) for side in picture.shape[-2:])
+    def _painted(self, image: Tensor, generator: Generator | None) -> Tensor:
+        height, width = (max(1, side // CELL) for side in image.shape[-2:])
         control = torch.zeros(self.channels, height, width)
-        boxes, vectors = self._largest(picture)
+        boxes, vectors = self._largest(image)
         for box, vector in zip(boxes, vectors, strict=True):
             dropped, full = draw_chance(self.p_drop, generator), draw_chance(self.p_full, generator)
             if dropped:
@@ -70,8 +70,8 @@ class IdentityFilter:
             control[:, top:bottom, left:right] = vector[:, None, None]
         return control
 
-    def _largest(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        boxes, vectors = self.embedder(picture)
+    def _largest(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, vectors = self.embedder(image)
         if boxes.shape != (len(boxes), 4) or vectors.shape != (len(boxes), self.channels):
             raise ValueError(
                 f"{type(self.embedder).__name__} gave boxes {tuple(boxes.shape)} and vectors {tuple(vectors.shape)}; "
@@ -91,6 +91,6 @@ def _embedder(embedder: str | FaceEmbedder, params: Mapping[str, Any] | None) ->
     if not callable(embedder) or not isinstance(getattr(embedder, "size", None), int):
         raise ValueError(
             f"embedder {type(embedder).__name__} needs `size`, the length of its vectors ({IDENTITY_SIZE} for the "
-            "guide's ControlNet), and `__call__(picture) -> (boxes, vectors)`"
+            "guide's ControlNet), and `__call__(image) -> (boxes, vectors)`"
         )
     return embedder

@@ -1,4 +1,4 @@
-"""A picture with an area left white as control image: for inpainting and outpainting."""
+"""An image with an area left white as control image: for inpainting and outpainting."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DEFAULT_THRESHOLD = (0.04, 0.4)
 
 
 class InpaintFilter:
-    """The picture, white where it has to be painted, and the mask of that area as fourth channel.
+    """The image, white where it has to be painted, and the mask of that area as fourth channel.
 
-    Masks in training: the salient part of the picture, strokes, or boxes. With probability `p_outpaint` the rest is
+    Masks in training: the salient part of the image, strokes, or boxes. With probability `p_outpaint` the rest is
     masked instead (of the salient part or a box; strokes are never inverted). The original knows salient parts alone:
     `p_saliency=1`. Without a generator, and without masks of your own: the salient part at the middle threshold, or
     with `p_saliency=0` a box in the middle. Where nothing or everything would be masked, a box is taken instead.
@@ -66,7 +66,7 @@ class InpaintFilter:
         """Shapes: (B, 3, H, W) in [0, 1] -> (B, 4, H, W) in [0, 1].
 
         Args:
-            pixels: the pictures.
+            pixels: the images.
             generators: one per sample; None draws nothing.
             masks: (B, 1, H, W), or one for all, 1 (above 1/2) where to paint: your own instead of drawn ones.
             outpaint: True inverts the mask, False does not; None leaves it to `p_outpaint`, or masks as they are.
@@ -76,26 +76,26 @@ class InpaintFilter:
         """
         if masks is None:
             pairs = per_sample(pixels, generators)
-            chosen = torch.stack([self._mask(picture, generator, outpaint) for picture, generator in pairs])
+            chosen = torch.stack([self._mask(image, generator, outpaint) for image, generator in pairs])
         else:
             chosen = _own_masks(masks, pixels)
             chosen = 1 - chosen if outpaint else chosen
         chosen = chosen.to(pixels.device)
         return torch.cat([torch.where(chosen > 0.5, 1.0, pixels.detach().float()), chosen], dim=1)
 
-    def _mask(self, picture: Tensor, generator: Generator | None, outpaint: bool | None) -> Tensor:
+    def _mask(self, image: Tensor, generator: Generator | None, outpaint: bool | None) -> Tensor:
         drawn = draw_chance(self.p_outpaint, generator)
         inverted = drawn if outpaint is None else outpaint
         kind = self._kind(inverted, generator)
         threshold = draw_uniform(*self.threshold, generator)
-        height, width = picture.shape[-2:]
+        height, width = image.shape[-2:]
         if kind == "saliency":
-            mask = salient_mask(picture, threshold)
+            mask = salient_mask(image, threshold)
         elif kind == "strokes":
             mask = stroke_mask(height, width, generator)
         else:
             mask = box_mask(height, width, generator)
-        if not 0.01 < float(mask.mean()) < 0.99:  # an even picture has no salient part
+        if not 0.01 < float(mask.mean()) < 0.99:  # an even image has no salient part
             mask = box_mask(height, width, generator)
         return 1 - mask if inverted else mask
 
@@ -111,7 +111,7 @@ class InpaintFilter:
 
 
 def _own_masks(masks: Tensor, pixels: Tensor) -> Tensor:
-    """The masks as 0 and 1, one per picture."""
+    """The masks as 0 and 1, one per image."""
     checked_pixels(pixels)
     batch, _, height, width = pixels.shape
     if masks.ndim != 4 or masks.shape[0] not in (1, batch) or masks.shape[1:] != (1, height, width):

@@ -34,7 +34,7 @@ def dilate(x: Tensor, size: int) -> Tensor:
     if size <= 1:
         return x
     radius = size // 2
-    # Outside the picture there is nothing to take: -inf never wins.
+    # Outside the image there is nothing to take: -inf never wins.
     padded = F.pad(x, (radius, radius, radius, radius), value=float("-inf"))
     height, width = x.shape[-2:]
     result = torch.full_like(x, float("-inf"))

@@ -1,4 +1,4 @@
-"""Masks for inpainting: what is salient in a picture, boxes, and strokes. 1 is what the prior has to paint."""
+"""Masks for inpainting: what is salient in an image, boxes, and strokes. 1 is what the prior has to paint."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ SALIENCY_SIDE = 240
 SMOOTHING = 0.028
 
 
-def salient_mask(picture: Tensor, threshold: float) -> Tensor:
-    """1 where the picture is more salient than `threshold`, with a smooth outline.
+def salient_mask(image: Tensor, threshold: float) -> Tensor:
+    """1 where the image is more salient than `threshold`, with a smooth outline.
 
     Shapes: (3, H, W) in [0, 1] -> (1, H, W) of 0 and 1.
 
     Source: Montabone & Soto 2010 (fine-grained saliency), as OpenCV computes it, blurred to areas and squared, so
-        that thresholds from 0.04 to 0.4 cover from about two thirds of a picture down to a tenth. The original
+        that thresholds from 0.04 to 0.4 cover from about two thirds of an image down to a tenth. The original
         asks a small network for its saliency.
     """
-    height, width = picture.shape[-2:]
-    mask = (resized(saliency(picture), (height, width)) > threshold).float()
+    height, width = image.shape[-2:]
+    mask = (resized(saliency(image), (height, width)) > threshold).float()
     return (gaussian_blur(mask, SMOOTHING * min(height, width)) > 0.5).float()
 
 
-def saliency(picture: Tensor) -> Tensor:
-    """How salient each place is; all zeros for an even picture.
+def saliency(image: Tensor) -> Tensor:
+    """How salient each place is; all zeros for an even image.
 
     Shapes: (3, H, W) -> (1, h, w) in [0, 1], the shorter side 240.
 
@@ -39,20 +39,20 @@ def saliency(picture: Tensor) -> Tensor:
     cv2 = needed_module("cv2", "InpaintFilter", remedy)
     if not hasattr(cv2, "saliency"):
         raise ValueError(f"InpaintFilter needs cv2.saliency, of opencv-contrib-python-headless; {remedy}")
-    scale = SALIENCY_SIDE / min(picture.shape[-2:])
-    size = (round(picture.shape[-2] * scale), round(picture.shape[-1] * scale))
-    small = resized(picture, size, antialias=True).clamp(0, 1)
+    scale = SALIENCY_SIDE / min(image.shape[-2:])
+    size = (round(image.shape[-2] * scale), round(image.shape[-1] * scale))
+    small = resized(image, size, antialias=True).clamp(0, 1)
     levels = (small * 255).round().byte().flip(0).permute(1, 2, 0).contiguous().numpy()
     found, values = cv2.saliency.StaticSaliencyFineGrained_create().computeSaliency(levels)
     if not found:
-        raise RuntimeError("OpenCV found no saliency map")  # not a matter of the picture: an even one has zeros
+        raise RuntimeError("OpenCV found no saliency map")  # not a matter of the image: an even one has zeros
     smooth = gaussian_blur(torch.from_numpy(values).float()[None], SALIENCY_SIDE / 24)
     low, high = float(smooth.min()), float(smooth.max())
     return ((smooth - low) / (high - low)).square() if high - low > 1e-3 else torch.zeros_like(smooth)
 
 
 def box_mask(height: int, width: int, generator: Generator | None) -> Tensor:
-    """1 in a box, each side from 1/4 to 3/4 of the picture's; without a generator half of it, in the middle.
+    """1 in a box, each side from 1/4 to 3/4 of the image's; without a generator half of it, in the middle.
 
     Shapes: -> (1, height, width) of 0 and 1.
     """

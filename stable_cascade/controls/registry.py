@@ -30,14 +30,14 @@ BUILT_IN = {
 
 
 class ControlFilter(Protocol):
-    """What makes a control image of a picture."""
+    """What makes a control image of an image."""
 
     channels: int
 
     def __call__(self, pixels: Tensor, generators: Sequence[Generator] | None = None) -> Tensor:
         """Shapes: (B, 3, H, W) in [0, 1] -> (B, channels, h, w) float32 on the same device.
 
-        A sample's result depends on its picture and its generator alone; None is deterministic.
+        A sample's result depends on its image and its generator alone; None is deterministic.
         """
         ...
 
@@ -75,7 +75,7 @@ def filter_names() -> list[str]:
 
 
 def check_filter(control_filter: Any, *, size: int = 64, device: torch.device | str = "cpu") -> tuple[int, int]:
-    """The size (h, w) of the control image of a grey picture: a trial call, before anything expensive starts.
+    """The size (h, w) of the control image of a grey image: a trial call, before anything expensive starts.
 
     What the filter needs (packages, an encoder) is loaded by it.
 
@@ -89,7 +89,7 @@ def check_filter(control_filter: Any, *, size: int = 64, device: torch.device | 
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{KEY} {name} failed on a grey picture: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{KEY} {name} failed on a grey image: {type(error).__name__}: {error}") from error
     expected = f"(1, {control_filter.channels}, h, w) of floats"
     if not isinstance(control, Tensor) or control.ndim != 4 or not control.is_floating_point():
         seen = f"{tuple(control.shape)} {control.dtype}" if isinstance(control, Tensor) else type(control).__name__

@@ -1,4 +1,4 @@
-"""A small version of the picture as control image: for super resolution."""
+"""A small version of the image as control image: for super resolution."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .arguments import checked_number, checked_pixels
 
 
 class SREffnetFilter:
-    """Semantic latents of the picture shrunk by `scale_factor`, enlarged to those of the whole picture.
+    """Semantic latents of the image shrunk by `scale_factor`, enlarged to those of the whole image.
 
-    Shrinking and enlarging take the nearest pixel, as the released weights were trained. To enlarge a small picture
+    Shrinking and enlarging take the nearest pixel, as the released weights were trained. To enlarge a small image
     of your own, enlarge it with nearest neighbours by 1 / `scale_factor` first: shrinking then gives it back exactly.
 
     Args:
-        scale_factor: side of the small picture over that of the picture.
+        scale_factor: side of the small image over that of the image.
         encode: pixels in [0, 1] -> semantic latents; the trainers and pipelines give their image encoder.
     """
 
@@ -42,10 +42,10 @@ class SREffnetFilter:
 
 
 class SRPixelFilter:
-    """The picture shrunk by `scale_factor` and enlarged again with nearest neighbours: blocks of pixels.
+    """The image shrunk by `scale_factor` and enlarged again with nearest neighbours: blocks of pixels.
 
     Args:
-        scale_factor: side of the small picture over that of the picture.
+        scale_factor: side of the small image over that of the image.
     """
 
     channels = 3
@@ -64,6 +64,6 @@ def shrunk(pixels: Tensor, scale_factor: float) -> Tensor:
     checked_pixels(pixels)
     if min(pixels.shape[-2:]) * scale_factor < 1:
         raise ValueError(
-            f"scale_factor {scale_factor:g} leaves nothing of a picture {tuple(pixels.shape[-2:])}; take a larger one"
+            f"scale_factor {scale_factor:g} leaves nothing of an image {tuple(pixels.shape[-2:])}; take a larger one"
         )
     return F.interpolate(pixels.detach().float(), scale_factor=scale_factor, mode="nearest")

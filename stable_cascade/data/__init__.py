@@ -1,4 +1,4 @@
-"""Pictures and captions, from shards or Hugging Face datasets to batches that are a function of (seed, position)."""
+"""Images and captions, from shards or Hugging Face datasets to batches that are a function of (seed, position)."""
 
 from __future__ import annotations
 

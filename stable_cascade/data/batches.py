@@ -16,17 +16,17 @@ from .crops import CropChoice
 from .decoding import BrokenWatch, Decoded, Decoder, Undecodable
 from .draws import draws
 from .images import in_unit_range
-from .indexed import IndexedPictures, IndexedPlan, planned_rows
+from .indexed import IndexedImages, IndexedPlan, planned_rows
 from .plan import Order, check_batch_size
 from .samples import SampleIndex
-from .stream import SampleStream, StreamedPictures, StreamedPlan
+from .stream import SampleStream, StreamedImages, StreamedPlan
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one process; all pictures have the size of one bucket.
+    """One micro-batch of one process; all images have the size of one bucket.
 
-    `identities` name what each row shows, before any decoding: sample key, a hash of the picture's content (and its
+    `identities` name what each row shows, before any decoding: sample key, a hash of the image's content (and its
     mask's), bucket size, and crop. Equal identities are equal pixels, in every run on every machine. `step_seed` is a
     function of (seed, step), one for every part of a global batch; `broken` counts the samples that another one
     replaces.
@@ -91,7 +91,7 @@ def training_batches(
 
     Args:
         samples: what `index_samples` returns; with masks where it was asked for masks.
-        image_size: side of a square of the pictures' area.
+        image_size: side of a square of the images' area.
         batch_size: global batch size.
         grad_accum_steps: micro-batches of a step.
         num_processes: processes that share a global batch.
@@ -99,12 +99,12 @@ def training_batches(
         seed: of order, buckets, crops and the samples' own seeds.
         multi_aspect_ratio: width / height such as '9/16', mirrored; None for squares only.
         bucket_factor: what both sides are multiples of.
-        random_bucket_share: how often a picture goes to a drawn bucket instead of the nearest.
+        random_bucket_share: how often an image goes to a drawn bucket instead of the nearest.
         crop: random, center or smart.
         start_step: the first step.
         num_workers: processes that decode; 0 decodes in this one.
-        decode: False reads no picture: pixels and masks are None, everything else is the same.
-        crops_per_image: how many random crops of a picture there are, for each bucket size; None takes a fresh one
+        decode: False reads no image: pixels and masks are None, everything else is the same.
+        crops_per_image: how many random crops of an image there are, for each bucket size; None takes a fresh one
             every time. The only crop of center and smart is then the same in every run.
         known_broken: keys of samples to replace untried, as if they were found broken.
         as_stored: leave pixels that are bytes as bytes, for `in_unit_range` to make floats of on the device.
@@ -128,16 +128,16 @@ def training_batches(
         order = sample_order(samples, buckets, seed, random_bucket_share)
         rows = IndexedPlan(order, batch_size, start_step, part)
         if decode:
-            loaded = load_batches(IndexedPictures(samples, order, decoder), rows, loading)
+            loaded = load_batches(IndexedImages(samples, order, decoder), rows, loading)
         else:
             loaded = (stacked_batch(made)[0] for made in planned_rows(samples, order, rows, decoder))
     else:
         settings = (batch_size, start_step, seed, random_bucket_share)
-        items, pictures = StreamedPlan(samples, buckets, settings, part), StreamedPictures(buckets, decoder)
+        items, images = StreamedPlan(samples, buckets, settings, part), StreamedImages(buckets, decoder)
         if decode:
-            loaded = load_batches(pictures, items, loading)
+            loaded = load_batches(images, items, loading)
         else:
-            loaded = (stacked_batch([pictures.undecoded(item) for item in micro])[0] for micro in items)
+            loaded = (stacked_batch([images.undecoded(item) for item in micro])[0] for micro in items)
     return _with_step_seeds(loaded, seed, start_step, grad_accum_steps)
 
 

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which picture sizes exist, and which one an image goes to."""
+"""Aspect-ratio buckets: which image sizes exist, and which one an image goes to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Buckets:
             closer = distance < gap
             best[closer] = number
             gap[closer] = distance[closer]
-        # Duplicate sizes count as one bucket, or their pictures would wait for a batch twice as long.
+        # Duplicate sizes count as one bucket, or their images would wait for a batch twice as long.
         first = np.array([self.sizes.index(size) for size in self.sizes], np.int16)
         return first[best]
 

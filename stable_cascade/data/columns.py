@@ -1,4 +1,4 @@
-"""Which columns of a Hugging Face dataset hold picture, caption and mask, and how a row's are read."""
+"""Which columns of a Hugging Face dataset hold image, caption and mask, and how a row's are read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class HubColumns:
     allow_missing_captions: bool = False
     mask: str | None = None
 
-    def picture(self, row: Mapping[str, Any]) -> bytes:
-        """The picture file in a row.
+    def image_file(self, row: Mapping[str, Any]) -> bytes:
+        """The image file in a row.
 
         Raises:
             ValueError: the row has none.
         """
         found = _file(row[self.image])
         if found is None:
-            raise ValueError(f"the column {self.image!r} holds no picture")
+            raise ValueError(f"the column {self.image!r} holds no image")
         return found
 
     def mask_file(self, row: Mapping[str, Any]) -> bytes | None:
@@ -44,7 +44,7 @@ class HubColumns:
 
 
 def _file(value: Any) -> bytes | None:
-    """The bytes of a picture, given as such, as a path, or as the pair of both that `datasets` stores."""
+    """The bytes of an image, given as such, as a path, or as the pair of both that `datasets` stores."""
     if isinstance(value, Mapping):
         if value.get("bytes"):
             return value["bytes"]
@@ -52,5 +52,5 @@ def _file(value: Any) -> bytes | None:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and os.path.isfile(value):
-        return read_file(value, at_most=bounds.IMAGE_FILE, what="picture")
+        return read_file(value, at_most=bounds.IMAGE_FILE, what="image")
     return None

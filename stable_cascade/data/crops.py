@@ -1,4 +1,4 @@
-"""Where a bucket is cut out of a picture that covers it: centre, random or smart."""
+"""Where a bucket is cut out of an image that covers it: centre, random or smart."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def check_crop(crop: str) -> None:
 
 @dataclass(frozen=True)
 class CropChoice:
-    """Which crop of a picture a position shows.
+    """Which crop of an image a position shows.
 
-    `per_image` None takes a fresh one at every position. Otherwise a picture has that many of each bucket size (one,
-    unless `crop` is random), each a function of (seed, the picture's content, size, crop number), and the position
+    `per_image` None takes a fresh one at every position. Otherwise an image has that many of each bucket size (one,
+    unless `crop` is random), each a function of (seed, the image's content, size, crop number), and the position
     draws the number. The only crop of center or smart does not depend on the seed.
     """
 
@@ -74,7 +74,7 @@ class CropChoice:
         return (draws(seed, f"crop {size[0]}x{size[1]}", which) >> np.uint64(1)).astype(np.int64)
 
     def names(self, positions: np.ndarray) -> list[str]:
-        """The crops' part of an identity: equal where picture, size and this are enough to get the same crop."""
+        """The crops' part of an identity: equal where image, size and this are enough to get the same crop."""
         if self.crop == "center" or (self.crop == "smart" and self.per_image is not None):
             return [self.crop] * len(positions)
         if self.per_image is None:
@@ -83,7 +83,7 @@ class CropChoice:
 
 
 def crop_to(pixels: Tensor, size: tuple[int, int], crop: str, seed: int) -> Tensor:
-    """A `size` window of the picture; its place is a function of the picture and the sample's seed.
+    """A `size` window of the image; its place is a function of the image and the sample's seed.
 
     Shapes: (3, H, W), H >= size[0], W >= size[1] -> (3, size[0], size[1]).
     """

@@ -1,4 +1,4 @@
-"""From picture files to the rows of a batch; a broken sample is replaced, counted and named."""
+"""From image files to the rows of a batch; a broken sample is replaced, counted and named."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class Decoder:
         return Undecodable(f"{len(broken)} samples in a row are broken, the last is {broken[-1]}; check the data")
 
 
-def fit_picture(data: bytes, size: tuple[int, int], crop: str, seed: int) -> Tensor:
-    """A picture file, decoded, resized and cropped to a bucket.
+def fit_image(data: bytes, size: tuple[int, int], crop: str, seed: int) -> Tensor:
+    """An image file, decoded, resized and cropped to a bucket.
 
     Shapes: -> (3, *size) float32 in [0, 1].
 
@@ -117,7 +117,7 @@ Fitting = tuple[tuple[int, int], tuple[int, int]]
 
 
 def fit_stored(data: bytes, size: tuple[int, int], crop: str, seed: int) -> tuple[Tensor, Fitting]:
-    """A picture file, decoded, resized and cropped to a bucket, as stored; and how, for its mask.
+    """An image file, decoded, resized and cropped to a bucket, as stored; and how, for its mask.
 
     Bytes stay bytes: a batch becomes floats in one pass, and on its way to the device it is a quarter as large.
 
@@ -134,14 +134,14 @@ def fit_stored(data: bytes, size: tuple[int, int], crop: str, seed: int) -> tupl
 
 
 def _fit_mask(mask: bytes | None, size: tuple[int, int], cover: tuple[int, int], place: tuple[int, int]) -> Tensor:
-    """A mask cut out where its picture was; without a mask all ones. Shapes: -> (1, *size) float32 in [0, 1]."""
+    """A mask cut out where its image was; without a mask all ones. Shapes: -> (1, *size) float32 in [0, 1]."""
     if mask is None:
         return torch.ones(1, *size)
     return window(resize_to(decode_mask(mask), cover), size, place).contiguous()
 
 
 class BrokenWatch:
-    """Counts broken samples, logs each one once, and stops a training that would run on few of its pictures."""
+    """Counts broken samples, logs each one once, and stops a training that would run on few of its images."""
 
     def __init__(self, max_broken_share: float):
         self.max_broken_share = max_broken_share

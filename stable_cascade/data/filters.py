@@ -52,7 +52,7 @@ def parse_filters(dataset_filters: Iterable[Sequence[str]] | None) -> list[Filte
 
 
 def with_size(values: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
-    """`values`, with width and height from the picture's header where the JSON has none."""
+    """`values`, with width and height from the image's header where the JSON has none."""
     return {**dict(zip(_SIZE_KEYS, (int(side) for side in size), strict=True)), **values}
 
 

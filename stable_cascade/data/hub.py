@@ -48,9 +48,9 @@ class HubSource:
         return self.name.encode() + self.rows.astype("<i8").tobytes()
 
     def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption ('' where there is none)."""
+        """The image file and the caption ('' where there is none)."""
         row = self.dataset[int(self.rows[index])]
-        return self.columns.picture(row), self.columns.text(row) or ""
+        return self.columns.image_file(row), self.columns.text(row) or ""
 
     def caption(self, index: int) -> str:
         """The caption alone."""
@@ -68,7 +68,7 @@ class HubSource:
 def index_dataset(
     dataset_name: str, columns: HubColumns, filters: Sequence[Filter], max_broken_share: float
 ) -> SampleIndex:
-    """The index of a dataset; one pass reads every picture's header.
+    """The index of a dataset; one pass reads every image's header.
 
     Raises:
         ValueError: it cannot be loaded, lacks a column, or holds nothing usable.
@@ -93,11 +93,11 @@ def index_dataset(
     if uncaptioned.any() and not columns.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, f"caption_column {columns.caption}")
-    pictures, masks, texts = np.array([header.hashes for header in found], np.uint64).reshape(-1, 3)[keep].T
+    images, masks, texts = np.array([header.hashes for header in found], np.uint64).reshape(-1, 3)[keep].T
     masked = None
     if columns.mask is not None:
         masked = int((masks != 0).sum())
-        check_masks(masked, int(keep.sum()), f"pictures to mask_column {columns.mask!r}")
+        check_masks(masked, int(keep.sum()), f"images to mask_column {columns.mask!r}")
     report = IndexReport(
         int(keep.sum()), 0, unreadable, tuple(broken), rejected, int(uncaptioned.sum()), masked=masked
     )
@@ -105,7 +105,7 @@ def index_dataset(
         log.warning("%s", report)
     source.rows = np.flatnonzero(keep)
     source.dataset = dataset.select_columns(_own_columns(dataset.column_names, columns))
-    hashes = with_masks(pictures, masks)
+    hashes = with_masks(images, masks)
     masked_loss = columns.mask is not None
     return SampleIndex(
         source, sizes[keep, 0], sizes[keep, 1], hashes, report, max_broken_share, masked_loss, text_hashes=texts
@@ -113,7 +113,7 @@ def index_dataset(
 
 
 class _Header(NamedTuple):
-    """What one pass learns of a row: (0, 0) for an unreadable picture; hashes of picture, mask, caption (0: none)."""
+    """What one pass learns of a row: (0, 0) for an unreadable image; hashes of image, mask, caption (0: none)."""
 
     size: tuple[int, int]
     captioned: bool
@@ -126,7 +126,7 @@ def _header(row: Mapping[str, Any], columns: HubColumns) -> _Header:
     captioned, text_hash = text is not None, content_hash((text or "").encode("utf-8", "surrogatepass"))
     try:
         check_caption(text or "")
-        data = columns.picture(row)
+        data = columns.image_file(row)
         size = image_size(data) or (0, 0)
     except (ValueError, OSError) as error:
         return _Header((0, 0), captioned, (0, 0, 0), str(error))
@@ -207,7 +207,7 @@ def _load(name: str, streaming: bool, *, local_files_only: bool = False) -> Any:
 
 
 def _refuse_pairs(dataset_name: str) -> None:
-    """Passes unless it is a folder of pictures with text files beside them, of which `datasets` reads one kind alone.
+    """Passes unless it is a folder of images with text files beside them, of which `datasets` reads one kind alone.
 
     Raises:
         ValueError: it is.
@@ -222,7 +222,7 @@ def _refuse_pairs(dataset_name: str) -> None:
         pairs = [name for name in sorted(lower) if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
         if any(name.rsplit(".", 1)[0] in stems for name in pairs):
             raise ValueError(
-                f"dataset_name {dataset_name!r} is a folder of pictures with .txt files beside them, in {folder!r}; "
+                f"dataset_name {dataset_name!r} is a folder of images with .txt files beside them, in {folder!r}; "
                 f"make shards of it with `stable-cascade prepare {dataset_name} OUT`, and set webdataset_path: OUT"
             )
 
@@ -254,7 +254,7 @@ def _own_columns(names: Sequence[str], columns: HubColumns) -> list[str]:
 
 
 def _undecoded(dataset: Any, columns: HubColumns) -> Any:
-    """The dataset with picture files in place of decoded pictures."""
+    """The dataset with image files in place of decoded images."""
     import datasets
 
     for name in (columns.image, columns.mask):

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to (3, H, W) pixels, whatever the file's mode.
+"""From the bytes of an image to (3, H, W) pixels, whatever the file's mode.
 
 Pixels are float32 in [0, 1], or the bytes of an ordinary RGB file while they are still to be resized: torch resizes
 bytes several times faster than floats, and as Pillow does.
@@ -21,9 +21,9 @@ from stable_cascade.wording import brief
 from .buckets import covering_size
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
-"""Members with these extensions are pictures, in order of preference."""
+"""Members with these extensions are images, in order of preference."""
 
-LARGEST_PICTURE = bounds.IMAGE_PIXELS
+LARGEST_IMAGE = bounds.IMAGE_PIXELS
 
 _SIGNATURES = (
     b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6", b"\0\0\0\x0cjP",
@@ -33,24 +33,24 @@ _UNREAD = {"heic": "HEIC", "heix": "HEIC", "hevc": "HEIC", "mif1": "HEIF", "msf1
 _TURNED = (5, 6, 7, 8)
 
 
-def looks_like_picture(head: bytes) -> bool:
-    """Whether a file's first 32 bytes are those of a picture, whatever its name; also of kinds that are not read."""
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file's first 32 bytes are those of an image, whatever its name; also of kinds that are not read."""
     if head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return True
     return head[4:8] == b"ftyp" and head[8:12].decode("latin-1") in {*_UNREAD, "avif", "avis"}
 
 
 def _unread_kind(head: bytes) -> str:
-    """The remedy for a kind of picture that is not read."""
+    """The remedy for a kind of image that is not read."""
     kind = _UNREAD.get(head[8:12].decode("latin-1")) if head[4:8] == b"ftyp" else None
-    return f"{kind} pictures are not read; convert it to JPEG or PNG" if kind else ""
+    return f"{kind} images are not read; convert it to JPEG or PNG" if kind else ""
 
 
 def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
     """(width, height) after EXIF rotation from a file's first bytes; None when more bytes are needed.
 
     Raises:
-        ValueError: the bytes are no picture (`whole` says that there are no more of them).
+        ValueError: the bytes are no image (`whole` says that there are no more of them).
     """
     try:
         with warnings.catch_warnings():
@@ -63,9 +63,9 @@ def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
             return None
         unknown = isinstance(error, UnidentifiedImageError)  # its text shows an object's address
         told = "its bytes are of no kind that is read" if unknown else brief(error)
-        raise ValueError(_unread_kind(data) or f"no readable picture: {told}") from None
+        raise ValueError(_unread_kind(data) or f"no readable image: {told}") from None
     if width < 1 or height < 1:
-        raise ValueError(f"no readable picture: its size is {width} x {height}")
+        raise ValueError(f"no readable image: its size is {width} x {height}")
     bounds.check_shape(width, height)
     return (height, width) if turned else (width, height)
 
@@ -91,12 +91,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def decode_image(data: bytes) -> Tensor:
-    """The picture, upright, on white, as RGB.
+    """The image, upright, on white, as RGB.
 
     Shapes: -> (3, H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: the file is damaged, of no supported kind, or has more than `LARGEST_PICTURE` pixels.
+        ValueError: the file is damaged, of no supported kind, or has more than `LARGEST_IMAGE` pixels.
     """
     return in_unit_range(decode_stored(data)).contiguous()
 
@@ -111,7 +111,7 @@ def in_unit_range(pixels: Tensor) -> Tensor:
 
 
 def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Tensor:
-    """The picture, upright, on white, as RGB: the file's bytes, or floats where it has transparency or more bits.
+    """The image, upright, on white, as RGB: the file's bytes, or floats where it has transparency or more bits.
 
     Args:
         data: the whole file.
@@ -121,7 +121,7 @@ def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Te
     Shapes: -> (3, H, W) uint8 with channels last in memory, or float32 in [0, 1].
 
     Raises:
-        ValueError: the file is damaged, of no supported kind, or has more than `LARGEST_PICTURE` pixels.
+        ValueError: the file is damaged, of no supported kind, or has more than `LARGEST_IMAGE` pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -139,8 +139,8 @@ def decode_stored(data: bytes, *, at_least: tuple[int, int] | None = None) -> Te
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
-    if size[0] * size[1] > LARGEST_PICTURE:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {LARGEST_PICTURE:,}; shrink the picture")
+    if size[0] * size[1] > LARGEST_IMAGE:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {LARGEST_IMAGE:,}; shrink the image")
     bounds.check_shape(*size)
 
 
@@ -159,7 +159,7 @@ def decode_mask(data: bytes) -> Tensor:
 
 
 def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The smallest version of the picture, with its own shape, that covers `size` (bilinear, antialiased).
+    """The smallest version of the image, with its own shape, that covers `size` (bilinear, antialiased).
 
     Shapes: (3, H, W) -> (3, H', W') with H' >= size[0], W' >= size[1].
     """
@@ -167,7 +167,7 @@ def resize_to_cover(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_to(pixels: Tensor, target: tuple[int, int]) -> Tensor:
-    """The picture at exactly this size (bilinear, antialiased), as bytes where it was bytes.
+    """The image at exactly this size (bilinear, antialiased), as bytes where it was bytes.
 
     Shapes: (C, H, W) uint8 or float32 in [0, 1] -> (C, *target).
     """

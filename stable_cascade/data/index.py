@@ -64,7 +64,7 @@ class ShardSource:
         return names + self.shard_numbers.tobytes() + self.keys.ends.tobytes() + self.keys.data.tobytes()
 
     def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption ('' where the index found none)."""
+        """The image file and the caption ('' where the index found none)."""
         wanted = ["image", self.captions.member] if self.captioned[index] else ["image"]
         image, *caption = self._members(index, wanted)
         return image, self.captions.from_bytes(caption[0]) if caption else ""
@@ -113,7 +113,7 @@ def index_samples(
     Args:
         webdataset_path: shards, in the forms that `shard_locations` lists.
         dataset_name: a dataset of the hub or a local folder, instead of shards.
-        image_column: the dataset's column of pictures.
+        image_column: the dataset's column of images.
         caption_column: its column of captions.
         streaming: read the dataset in order without downloading it; the result is then a `SampleStream`.
         dataset_filters: pairs such as ['aesthetic_score', 'lambda s: s > 4.5'] over JSON keys (columns of a dataset).
@@ -224,7 +224,7 @@ def _select(
     if uncaptioned.any() and not limits.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, captions.name)
-    pictures, masks, texts = np.concatenate([table.hashes for table in tables])[keep].T
+    images, masks, texts = np.concatenate([table.hashes for table in tables])[keep].T
     masked = None
     if limits.masks:
         masked = int((masks != 0).sum())
@@ -237,7 +237,7 @@ def _select(
         log.warning("%s", report)
     source.keys, source.spans = source.keys.take(keep), source.spans[keep]
     source.captioned, source.shard_numbers = source.captioned[keep], numbers[keep]
-    hashes = with_masks(pictures, masks) if limits.masks else pictures
+    hashes = with_masks(images, masks) if limits.masks else images
     return SampleIndex(
         source,
         sizes[keep, 0],

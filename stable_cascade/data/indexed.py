@@ -62,7 +62,7 @@ class Replacements:
         return self._members[kind]
 
 
-class IndexedPictures(Dataset):
+class IndexedImages(Dataset):
     """Decodes rows; a broken sample is replaced by one of the same bucket."""
 
     def __init__(self, samples: SampleIndex, order: Order, decoder: Decoder):
@@ -85,7 +85,7 @@ def candidate(samples: SampleIndex, number: int) -> Candidate:
 def planned_rows(
     samples: SampleIndex, order: Order, plan: Iterable[list[Row]], decoder: Decoder
 ) -> Iterator[list[Decoded]]:
-    """The rows of each micro-batch without their pictures; only known broken samples are replaced."""
+    """The rows of each micro-batch without their images; only known broken samples are replaced."""
     replacements = Replacements(order)
     for rows in plan:
         positions = np.array([position for position, _, _ in rows])

@@ -96,7 +96,7 @@ class _Shown:
         if self.regularization is None:
             return self.main.samples(start, stop)
         share = self.regularization.share
-        # Position p shows a regularisation picture where floor((p + 1) share) is one more than floor(p share).
+        # Position p shows a regularisation image where floor((p + 1) share) is one more than floor(p share).
         counts = np.arange(start, stop + 1) * share.numerator // share.denominator
         before, after = int(counts[0]), int(counts[-1])
         shown = np.empty(stop - start, np.int64)

@@ -94,7 +94,7 @@ def crop_batches(
 ) -> Iterator[Batch]:
     """The planned crops, decoded, in batches of one size; `seed`, `crop`, `crops_per_image` are those of the plan.
 
-    A crop whose picture is broken is left out, counted in `Batch.broken`, and its key logged; the others keep their
+    A crop whose image is broken is left out, counted in `Batch.broken`, and its key logged; the others keep their
     order among the crops of their size. The last batch of a size may be smaller. `as_stored` and `pin_memory` are as
     in `training_batches`.
 
@@ -107,7 +107,7 @@ def crop_batches(
     plan = [
         group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
     ]
-    dataset = _PlannedPictures(samples, Decoder(CropChoice(crop, seed, crops_per_image), samples.masks))
+    dataset = _PlannedImages(samples, Decoder(CropChoice(crop, seed, crops_per_image), samples.masks))
     loading = Loading(num_workers, BrokenWatch(samples.max_broken_share), as_stored, pin_memory)
     yield from (batch for batch in load_batches(dataset, plan, loading, _without_broken) if batch.keys)
 
@@ -118,7 +118,7 @@ def _without_broken(rows: list[Decoded]) -> tuple[Batch, list[str]]:
     return replace(batch, broken=len(broken)), broken
 
 
-class _PlannedPictures(Dataset):
+class _PlannedImages(Dataset):
     """Decodes a planned crop; a broken one is a row without pixels."""
 
     def __init__(self, samples: SampleIndex, decoder: Decoder):

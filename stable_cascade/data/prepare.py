@@ -1,4 +1,4 @@
-"""A folder of pictures and captions made into shards: the same folder gives the same bytes."""
+"""A folder of images and captions made into shards: the same folder gives the same bytes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stable_cascade import bounds
 from stable_cascade.disk import local_path, read_file
 from stable_cascade.wording import brief
 
+from .image_folder import MASK, Image, images_in
 from .images import IMAGE_EXTENSIONS, decode_mask, decode_stored
-from .picture_folder import MASK, Picture, pictures_in
 
 _TRIED_AT = (1024, 1024)
-"""The (height, width) at which a picture is tried; a large JPEG is shrunk while it is decoded, as in a training."""
+"""The (height, width) at which an image is tried; a large JPEG is shrunk while it is decoded, as in a training."""
 _SHARD = re.compile(r"\d{5,}\.tar")
 
 
@@ -41,7 +41,7 @@ class PrepareReport:
         if self.uncaptioned:
             lines.append(f"{self.uncaptioned:,} of them have no caption and got ''")
         if self.broken:
-            lines.append(f"left out {len(self.broken):,} broken pictures:")
+            lines.append(f"left out {len(self.broken):,} broken images:")
             lines += [f"  {reason}" for reason in self.broken]
         lines += self.notes
         return "\n".join(lines)
@@ -56,19 +56,19 @@ def prepare_shards(
     allow_missing_captions: bool = False,
     overwrite: bool = False,
 ) -> PrepareReport:
-    """Shards `out/00000.tar`, … of the pictures under `folder`, for `webdataset_path: out`.
+    """Shards `out/00000.tar`, … of the images under `folder`, for `webdataset_path: out`.
 
     A caption is the .txt file of the same name, else the row of metadata.jsonl, metadata.csv or captions.csv with
     this file_name (columns text or caption), else a key text or caption of the .json file of the same name. The JSON
     and the row's other columns become the sample's JSON, which filters see. `NAME.mask.png` (or another kind of
-    picture) is the mask of `NAME.jpg`.
+    image) is the mask of `NAME.jpg`.
 
     Args:
         folder: searched with its subfolders.
         out: created when missing; complete shards appear in it at the end, all or none.
         shard_size: samples in one shard.
-        max_broken_share: how large a share of pictures may be undecodable; those are left out and reported.
-        allow_missing_captions: write '' for a picture without a caption instead of stopping.
+        max_broken_share: how large a share of images may be undecodable; those are left out and reported.
+        allow_missing_captions: write '' for an image without a caption instead of stopping.
         overwrite: replace the shards that are in `out`.
 
     Raises:
@@ -83,61 +83,61 @@ def prepare_shards(
         raise ValueError(f"{str(target)!r} is no folder; give the folder that the shards go to")
     if not overwrite and any(target.glob("*.tar")):
         raise ValueError(f"{str(target)!r} holds shards already; give another folder, or --overwrite")
-    pictures, notes = pictures_in(root, target)
-    missing = [picture for picture in pictures if picture.caption is None]
+    images, notes = images_in(root, target)
+    missing = [image for image in images if image.caption is None]
     if missing and not allow_missing_captions:
         raise ValueError(
-            f"{len(missing):,} of {len(pictures):,} pictures have no caption, for example {missing[0].path}; add a "
+            f"{len(missing):,} of {len(images):,} images have no caption, for example {missing[0].path}; add a "
             ".txt of the same name or a row in metadata.csv, or give --allow-missing-captions"
         )
-    return replace(_write(pictures, target, shard_size, max_broken_share), notes=notes)
+    return replace(_write(images, target, shard_size, max_broken_share), notes=notes)
 
 
 def _suffix_of(data: bytes) -> str:
-    """A suffix for a picture that is called otherwise."""
+    """A suffix for an image that is called otherwise."""
     return {b"\xff\xd8\xff": ".jpg", b"\x89PN": ".png", b"GIF": ".gif"}.get(data[:3], ".webp")
 
 
-def _write(pictures: Sequence[Picture], target: Path, shard_size: int, max_broken_share: float) -> PrepareReport:
+def _write(images: Sequence[Image], target: Path, shard_size: int, max_broken_share: float) -> PrepareReport:
     """Writes to hidden files first; they get their names when all are complete."""
     target.mkdir(parents=True, exist_ok=True)
     writer = _ShardWriter(target, shard_size)
     broken: list[str] = []
     uncaptioned = masks = 0
     try:
-        for picture in pictures:
+        for image in images:
             try:
-                data, mask = _checked(picture)
+                data, mask = _checked(image)
             except ValueError as error:
-                broken.append(f"{brief(picture.path)}: {error}")
+                broken.append(f"{brief(image.path)}: {error}")
                 continue
-            writer.add(picture, data, mask)
-            uncaptioned += picture.caption is None
+            writer.add(image, data, mask)
+            uncaptioned += image.caption is None
             masks += mask is not None
-        if broken and (len(broken) > max_broken_share * len(pictures) or len(broken) == len(pictures)):
+        if broken and (len(broken) > max_broken_share * len(images) or len(broken) == len(images)):
             raise ValueError(
-                f"{len(broken):,} of {len(pictures):,} pictures are broken, more than max_broken_share "
+                f"{len(broken):,} of {len(images):,} images are broken, more than max_broken_share "
                 f"{max_broken_share}, for example {'; '.join(broken[:3])}; repair or remove them"
             )
         shards = writer.publish()
     finally:
         writer.discard()
-    return PrepareReport(shards, len(pictures) - len(broken), tuple(broken), uncaptioned, masks)
+    return PrepareReport(shards, len(images) - len(broken), tuple(broken), uncaptioned, masks)
 
 
-def _checked(picture: Picture) -> tuple[bytes, bytes | None]:
-    """The bytes of a picture and its mask, decoded once as a training decodes them.
+def _checked(image: Image) -> tuple[bytes, bytes | None]:
+    """The bytes of an image and its mask, decoded once as a training decodes them.
 
     Raises:
         ValueError: something of the sample cannot be read.
     """
-    if picture.fault:
-        raise ValueError(picture.fault)
-    data = read_file(picture.path, at_most=bounds.IMAGE_FILE, what="picture")
+    if image.fault:
+        raise ValueError(image.fault)
+    data = read_file(image.path, at_most=bounds.IMAGE_FILE, what="image")
     decode_stored(data, at_least=_TRIED_AT)
-    if picture.mask is None:
+    if image.mask is None:
         return data, None
-    mask = read_file(picture.mask, at_most=bounds.IMAGE_FILE, what="mask")
+    mask = read_file(image.mask, at_most=bounds.IMAGE_FILE, what="mask")
     decode_mask(mask)
     return data, mask
 
@@ -151,19 +151,19 @@ class _ShardWriter:
         self.tar: tarfile.TarFile | None = None
         self.count = 0
 
-    def add(self, picture: Picture, data: bytes, mask: bytes | None) -> None:
+    def add(self, image: Image, data: bytes, mask: bytes | None) -> None:
         if self.tar is None or self.count == self.shard_size:
             self._next()
         self.count += 1
-        suffix = picture.path.suffix.lower()
+        suffix = image.path.suffix.lower()
         known = suffix.lstrip(".") in IMAGE_EXTENSIONS
-        self._member(f"{picture.key}{suffix if known else _suffix_of(data)}", data)
-        if picture.mask is not None and mask is not None:
-            self._member(f"{picture.key}{MASK}{picture.mask.suffix.lower()}", mask)
-        self._member(f"{picture.key}.txt", (picture.caption or "").encode())
-        if picture.extra:
-            content = json.dumps(picture.extra, sort_keys=True, ensure_ascii=False)
-            self._member(f"{picture.key}.json", content.encode("utf-8", errors="replace"))
+        self._member(f"{image.key}{suffix if known else _suffix_of(data)}", data)
+        if image.mask is not None and mask is not None:
+            self._member(f"{image.key}{MASK}{image.mask.suffix.lower()}", mask)
+        self._member(f"{image.key}.txt", (image.caption or "").encode())
+        if image.extra:
+            content = json.dumps(image.extra, sort_keys=True, ensure_ascii=False)
+            self._member(f"{image.key}.json", content.encode("utf-8", errors="replace"))
 
     def _next(self) -> None:
         self._close()

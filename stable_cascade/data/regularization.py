@@ -1,4 +1,4 @@
-"""Regularisation: a second set of pictures shown between the first ones, with a weight of its own."""
+"""Regularisation: a second set of images shown between the first ones, with a weight of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class JoinedSource:
         return source.key(number) if index < self.first else _PREFIX + source.key(number)
 
     def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption."""
+        """The image file and the caption."""
         source, number = self._place(index)
         return source.read(number)
 
@@ -52,7 +52,7 @@ def with_regularization(
 ) -> SampleIndex:
     """Both sets as one index: `share` of the samples shown are of `other`, evenly spread, with `Batch.weights` weight.
 
-    Each set goes through epochs of its own. Position p shows a picture of `other` where floor((p + 1) share) is one
+    Each set goes through epochs of its own. Position p shows an image of `other` where floor((p + 1) share) is one
     more than floor(p share), with the share rounded to millionths.
 
     Raises:
@@ -60,9 +60,9 @@ def with_regularization(
     """
     for part in (index, other):
         if not isinstance(part, SampleIndex):
-            raise ValueError("regularization_path needs random access to the pictures; set streaming: false")
+            raise ValueError("regularization_path needs random access to the images; set streaming: false")
         if part.regularization is not None:
-            raise ValueError("an index that has regularisation pictures already cannot be joined with others")
+            raise ValueError("an index that has regularisation images already cannot be joined with others")
     assert isinstance(index, SampleIndex)
     assert isinstance(other, SampleIndex)
     exact = Fraction(share).limit_denominator(1_000_000)

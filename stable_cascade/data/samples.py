@@ -13,7 +13,7 @@ import numpy as np
 from .draws import mixed
 
 HEAD_BYTES, TAIL_BYTES = 32768, 4096
-"""What is read of a picture to index it: enough for nearly every header, and for a hash of the content."""
+"""What is read of an image to index it: enough for nearly every header, and for a hash of the content."""
 
 
 class Source(Protocol):
@@ -23,14 +23,14 @@ class Source(Protocol):
         """The sample's name in messages."""
 
     def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption.
+        """The image file and the caption.
 
         Raises:
             ValueError, OSError: they cannot be read.
         """
 
     def caption(self, index: int) -> str:
-        """The caption alone, without the picture's bytes."""
+        """The caption alone, without the image's bytes."""
 
     def mask(self, index: int) -> bytes | None:
         """The mask's file; None where the sample has none."""
@@ -82,7 +82,7 @@ class Regularization:
 class SampleIndex:
     """The usable samples: sizes after EXIF rotation, and a source that reads each of them at random.
 
-    Shapes: widths, heights (N,) int32; content_hashes (N,) uint64, of the picture (and the mask, where masks are asked
+    Shapes: widths, heights (N,) int32; content_hashes (N,) uint64, of the image (and the mask, where masks are asked
         for), whatever its file is called; text_hashes (N,) uint64, of the file or text that holds the caption.
     """
 
@@ -104,11 +104,11 @@ class SampleIndex:
         return self.source.key(index)
 
     def read(self, index: int) -> tuple[bytes, str]:
-        """The picture file and the caption of one sample."""
+        """The image file and the caption of one sample."""
         return self.source.read(index)
 
     def caption(self, index: int) -> str:
-        """The caption of one sample, without reading the picture."""
+        """The caption of one sample, without reading the image."""
         return self.source.caption(index)
 
     def mask(self, index: int) -> bytes | None:
@@ -116,7 +116,7 @@ class SampleIndex:
         return self.source.mask(index) if self.masks else None
 
     def weights(self, indices: np.ndarray) -> np.ndarray:
-        """What each sample's loss is multiplied by: 1, or the weight of a regularisation picture.
+        """What each sample's loss is multiplied by: 1, or the weight of a regularisation image.
 
         Shapes: (N,) -> (N,) float32.
         """
@@ -128,11 +128,11 @@ class SampleIndex:
     def content(self) -> dict[str, Any]:
         """What tells these samples from others, wherever they lie: plain values, for a checkpoint's record.
 
-        `samples`, their number; `pictures`, a hash of their contents in any order; `order`, of their contents in
+        `samples`, their number; `images`, a hash of their contents in any order; `order`, of their contents in
         order; `all`, of captions and masks as well; `some`, key -> content of eight of them, evenly spread.
         """
-        digests = {name: hashlib.blake2b(digest_size=16) for name in ("pictures", "order", "all")}
-        digests["pictures"].update(np.sort(self.content_hashes).astype("<u8").tobytes())
+        digests = {name: hashlib.blake2b(digest_size=16) for name in ("images", "order", "all")}
+        digests["images"].update(np.sort(self.content_hashes).astype("<u8").tobytes())
         digests["order"].update(self.content_hashes.astype("<u8").tobytes())
         for part in (self.content_hashes, self.text_hashes if self.text_hashes is not None else np.zeros(0)):
             digests["all"].update(part.astype("<u8").tobytes())
@@ -153,10 +153,10 @@ class SampleIndex:
 
 
 def content_hash(data: bytes) -> int:
-    """A picture file's content as one number: of its length, its first 32 KB and its last 4 KB.
+    """An image file's content as one number: of its length, its first 32 KB and its last 4 KB.
 
     Two files that differ only in between, and in nothing else, are taken for the same; no encoder makes such files
-    out of different pictures except uncompressed formats.
+    out of different images except uncompressed formats.
     """
     return content_hash_of_parts(len(data), data[:HEAD_BYTES], data[-TAIL_BYTES:])
 
@@ -170,13 +170,13 @@ def content_hash_of_parts(length: int, head: bytes, tail: bytes) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def with_masks(pictures: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Content hashes of pictures together with their masks (0: none).
+def with_masks(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Content hashes of images together with their masks (0: none).
 
     Shapes: (N,), (N,) uint64 -> (N,) uint64.
     """
     with np.errstate(over="ignore"):
-        return np.where(masks == 0, pictures, mixed(pictures + mixed(masks)))
+        return np.where(masks == 0, images, mixed(images + mixed(masks)))
 
 
 def check_unreadable(broken: int, found: int, named: Sequence[str], max_broken_share: float, remedy: str) -> None:

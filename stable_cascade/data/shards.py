@@ -15,7 +15,7 @@ from stable_cascade.wording import quoted
 
 from .captions import CaptionSource, json_object, text_of
 from .image_headers import plain_size
-from .images import IMAGE_EXTENSIONS, image_size, looks_like_picture
+from .images import IMAGE_EXTENSIONS, image_size, looks_like_image
 from .locations import open_shard
 from .retries import ShardFailure
 from .samples import HEAD_BYTES, TAIL_BYTES, content_hash, content_hash_of_parts
@@ -25,7 +25,7 @@ MEMBERS = ("image", "txt", "json", "mask")
 
 _TEXTS = ("txt", "json", "cls", "id", "index", "inx")
 _OTHER_NAME = 1 << 20
-"""Rank of a picture that only its bytes tell: after all that are called so."""
+"""Rank of an image that only its bytes tell: after all that are called so."""
 
 
 class StringColumn:
@@ -69,8 +69,8 @@ class StringColumn:
 class ShardTable:
     """What is in one shard. Row i is one sample; a span is (offset, size) in the tar, (-1, -1) without that member.
 
-    Shapes: spans (N, 4, 2) int64 in the order of MEMBERS; sizes (N, 2) int32 width and height, (0, 0) when the picture
-        or its JSON is unreadable; hashes (N, 3) uint64 of the contents of picture, mask and caption member (0:
+    Shapes: spans (N, 4, 2) int64 in the order of MEMBERS; sizes (N, 2) int32 width and height, (0, 0) when the image
+        or its JSON is unreadable; hashes (N, 3) uint64 of the contents of image, mask and caption member (0:
         none); captioned (N,) bool; `fields` holds the JSON values that filters need, `faults` why a sample cannot be
         used, '' where it can.
     """
@@ -99,7 +99,7 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
         kinds = sorted({extension for sample in samples.values() for extension in sample.spans})
         raise ValueError(
             f"shard {location!r} holds no images (members: {', '.join(kinds[:8]) or 'none'}); "
-            f"pictures end in .{', .'.join(IMAGE_EXTENSIONS[:4])}, …"
+            f"images end in .{', .'.join(IMAGE_EXTENSIONS[:4])}, …"
         )
     spans = [[sample.spans.get(member, (-1, -1)) for member in MEMBERS] for sample in groups.values()]
     return ShardTable(
@@ -127,14 +127,14 @@ class _Sample:
     content: dict[str, Any] | None = None
     fault: str = ""
     compound: set[str] = field(default_factory=set)
-    """The extensions of its pictures that have a dot, such as `thumb.png`."""
+    """The extensions of its images that have a dot, such as `thumb.png`."""
     lost: bool = False
-    """It has a picture and a caption, of which the tar's names or kinds of members let nothing be read."""
+    """It has an image and a caption, of which the tar's names or kinds of members let nothing be read."""
 
     def counts(self, caption_member: str) -> bool:
-        """Whether it was meant to be trained: it has a picture, or a caption whose picture is missing."""
+        """Whether it was meant to be trained: it has an image, or a caption whose image is missing."""
         if "image" not in self.spans and caption_member in self.spans:
-            self.fault = self.fault or f"it has a caption and no picture ({', '.join(map(quoted, self.spans))})"
+            self.fault = self.fault or f"it has a caption and no image ({', '.join(map(quoted, self.spans))})"
             return True
         return self.lost or "image" in self.spans
 
@@ -170,7 +170,7 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
                 sample.mask_rank, sample.spans["mask"] = mask_rank, span
                 sample.mask_hash = _header(file, span)[1]
             continue
-        if rank is None and extension not in _TEXTS and looks_like_picture(_read(file, (span[0], min(span[1], 32)))):
+        if rank is None and extension not in _TEXTS and looks_like_image(_read(file, (span[0], min(span[1], 32)))):
             rank = _OTHER_NAME
         if rank is None:
             sample.spans[extension] = span
@@ -179,7 +179,7 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
             continue
         if rank == sample.rank:
             raise ValueError(
-                f"shard {location!r}: two pictures share the sample key {key!r} (a key ends at the first dot of the "
+                f"shard {location!r}: two images share the sample key {key!r} (a key ends at the first dot of the "
                 "name); rename them, or make the shard with `stable-cascade prepare`"
             )
         if rank < sample.rank:
@@ -197,20 +197,20 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
 
 
 def _tell_other(samples: dict[str, _Sample], name: str, kind: str, caption_member: str) -> None:
-    """A picture or a caption that is a link or a device is its sample's fault."""
+    """An image or a caption that is a link or a device is its sample's fault."""
     key, extension = _split(name)
-    picture = bool(extension) and _image_rank(extension) is not None and _mask_rank(extension) is None
-    if not picture and extension != caption_member:
+    image = bool(extension) and _image_rank(extension) is not None and _mask_rank(extension) is None
+    if not image and extension != caption_member:
         return
     sample = samples.setdefault(key, _Sample({}))
-    if ("image" if picture else caption_member) in sample.spans:
+    if ("image" if image else caption_member) in sample.spans:
         return
-    sample.lost = sample.lost or picture
-    sample.fault = sample.fault or f"its {'picture' if picture else 'caption'} is {kind} in the tar, not a file"
+    sample.lost = sample.lost or image
+    sample.fault = sample.fault or f"its {'image' if image else 'caption'} is {kind} in the tar, not a file"
 
 
 def _tell_dotted(samples: dict[str, _Sample], key: str, sample: _Sample, caption_member: str) -> None:
-    """Pictures with captions whose names have another dot: `a.v2.jpg` and `a.v2.txt` belong to the sample `a`."""
+    """Images with captions whose names have another dot: `a.v2.jpg` and `a.v2.txt` belong to the sample `a`."""
     ending = f".{caption_member}"
     captions = {extension.removesuffix(ending) for extension in sample.spans if extension.endswith(ending)}
     if captions and caption_member not in sample.spans:
@@ -229,7 +229,7 @@ _DOTTED = (
 
 
 def _tell_hidden(samples: dict[str, _Sample], names: Sequence[str], caption_member: str) -> None:
-    """Pairs of picture and caption whose names begin with a dot; the `._` shadows of macOS are nothing."""
+    """Pairs of image and caption whose names begin with a dot; the `._` shadows of macOS are nothing."""
     found: dict[str, set[str]] = {}
     for name in names:
         stem, dot, extension = name.rpartition(".")
@@ -258,7 +258,7 @@ def _read_text(file: BinaryIO, span: Span, sample: _Sample, kind: str) -> None:
 
 
 def _image_rank(extension: str) -> int | None:
-    """Preference among a sample's pictures: `jpg` before `png` …, a compound `thumb.png` last; None for no picture."""
+    """Preference among a sample's images: `jpg` before `png` …, a compound `thumb.png` last; None for no image."""
     if extension in IMAGE_EXTENSIONS:
         return IMAGE_EXTENSIONS.index(extension)
     last = extension.rsplit(".", 1)[-1]
@@ -274,7 +274,7 @@ def _mask_rank(extension: str) -> int | None:
 def _split(name: str) -> tuple[str, str]:
     """(key, extension) by webdataset's rule: the key ends at the first dot of the file name."""
     folder, base = posixpath.split(name.removeprefix("./"))
-    if base.startswith("."):  # hidden files, among them macOS's ._ shadows of pictures
+    if base.startswith("."):  # hidden files, among them macOS's ._ shadows of images
         return "", ""
     stem, _, extension = base.partition(".")
     return posixpath.join(folder, stem), extension.lower()
@@ -284,7 +284,7 @@ def _header(file: BinaryIO, span: Span) -> tuple[tuple[int, int], int, str]:
     """(width, height), (0, 0) when the header is unreadable, the hash of the content, and what is wrong."""
     offset, length = span
     if length > bounds.IMAGE_FILE:
-        return (0, 0), 0, f"its picture has {length:,} bytes; at most {bounds.IMAGE_FILE:,} are read"
+        return (0, 0), 0, f"its image has {length:,} bytes; at most {bounds.IMAGE_FILE:,} are read"
     head = _read(file, (offset, min(length, HEAD_BYTES)))
     tail = _read(file, (offset + length - TAIL_BYTES, TAIL_BYTES)) if length > HEAD_BYTES else b""
     hashed = content_hash_of_parts(length, head, tail)

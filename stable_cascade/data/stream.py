@@ -35,7 +35,7 @@ class StreamedRow:
     mask: bytes | None = None
 
     def content(self) -> tuple[bytes, str]:
-        """The picture file and the caption."""
+        """The image file and the caption."""
         return self.data, self.caption
 
     def mask_file(self) -> bytes | None:
@@ -45,8 +45,8 @@ class StreamedRow:
     @property
     def content_hash(self) -> int:
         """As in an index."""
-        picture = np.array([content_hash(self.data)], np.uint64)
-        return int(with_masks(picture, np.array([content_hash(self.mask) if self.mask else 0], np.uint64))[0])
+        image = np.array([content_hash(self.data)], np.uint64)
+        return int(with_masks(image, np.array([content_hash(self.mask) if self.mask else 0], np.uint64))[0])
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SampleStream:
         """The usable rows, epoch after epoch without end.
 
         Raises:
-            ValueError: too many pictures are unreadable, a caption is missing, or a filter rejects all of the first
+            ValueError: too many images are unreadable, a caption is missing, or a filter rejects all of the first
                 1,000 rows.
         """
         broken, rejections = BrokenWatch(self.max_broken_share), RejectionWatch(self.filters)
@@ -90,7 +90,7 @@ class SampleStream:
         if self.columns.image not in row:
             raise ValueError(f"image_column {self.columns.image!r} is no column of {self.name!r} ({', '.join(row)})")
         try:
-            data = self.columns.picture(row)
+            data = self.columns.image_file(row)
             size = image_size(data)
             check_caption(self.columns.text(row) or "")
         except (ValueError, OSError) as error:
@@ -154,7 +154,7 @@ class StreamedPlan:
             ]
 
 
-class StreamedPictures(Dataset):
+class StreamedImages(Dataset):
     """Decodes a `StreamedItem`; a broken row is replaced by its neighbours in the global batch."""
 
     def __init__(self, buckets: Buckets, decoder: Decoder):
@@ -173,7 +173,7 @@ class StreamedPictures(Dataset):
         return self.decoder.first_decodable(candidates, Place(item.position, self.buckets.sizes[item.bucket]))
 
     def undecoded(self, item: StreamedItem) -> Decoded:
-        """The row without its picture."""
+        """The row without its image."""
         known = self.decoder.known_broken
         rows = (item.row, *item.fallbacks)
         shown = next((row for row in rows if row.key not in known), None)

@@ -63,7 +63,7 @@ def pyramid_noise(
     """Unit-variance noise with coarse structure: Stage B's training noise.
 
     `square` reproduces the original, whose coarse levels are square, built from the height alone, and therefore
-    stretched in pictures that are not.
+    stretched in images that are not.
 
     Shapes: (C, H, W) and B generators -> (B, C, H, W) float32.
 
@@ -79,7 +79,7 @@ def pyramid_noise(
 def pyramid_sizes(
     height: int, width: int, *, size_range: tuple[int, int] | None = (1, 16), levels: int = 10, square: bool = False
 ) -> dict[int, tuple[int, int]]:
-    """Size (h, w) of each coarse level i: 1 / 2^i of the picture, where its shorter side is in `size_range`.
+    """Size (h, w) of each coarse level i: 1 / 2^i of the image, where its shorter side is in `size_range`.
 
     `square` takes the height for both sides, as the original does.
     """

@@ -15,7 +15,7 @@ Range = tuple[float, float]
 
 
 def shift_log_snr(log_snr: Tensor, shift: float, *, limits: Range | None = None) -> Tensor:
-    """Moves `log_snr` to where a picture with `shift` times the side needs it: log_snr - 2 ln(shift).
+    """Moves `log_snr` to where an image with `shift` times the side needs it: log_snr - 2 ln(shift).
 
     `limits` (lowest, highest) clamps the result. A loss weight "shifted by k" is the weight of `shift_log_snr(log_snr,
     1 / k)`.

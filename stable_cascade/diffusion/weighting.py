@@ -2,7 +2,7 @@
 
 A weight belongs to what the network predicts: the same emphasis on the clean sample needs another factor for an
 epsilon network than for a v network. `prediction_factor` converts. All functions keep dtype and shape. To weigh a
-model whose pictures are shifted by k, pass `shift_log_snr(log_snr, 1 / k)`.
+model whose images are shifted by k, pass `shift_log_snr(log_snr, 1 / k)`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures on request: what the commands and the page share, from settings to a PNG that can be drawn again."""
+"""Images on request: what the commands and the page share, from settings to a PNG that can be drawn again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .inputs import Pictures
-    from .metadata import read_drawing, read_record, save_picture
-    from .pictures import read_picture
+    from .images import read_image
+    from .inputs import InputImages
+    from .metadata import read_drawing, read_record, save_image
     from .request import ControlChoice, Drawing, InputFile, LoraChoice
     from .session import Drawn, Session
 
@@ -18,13 +18,13 @@ __all__ = [
     "Drawing",
     "Drawn",
     "InputFile",
+    "InputImages",
     "LoraChoice",
-    "Pictures",
     "Session",
     "read_drawing",
-    "read_picture",
+    "read_image",
     "read_record",
-    "save_picture",
+    "save_image",
 ]
 
 __getattr__, __dir__ = lazy_exports(globals())

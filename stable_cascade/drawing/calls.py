@@ -14,7 +14,7 @@ from .inputs import Inputs
 from .request import Drawing
 
 OnStep = Callable[[str, int, int, "Image.Image | None"], None]
-"""(stage `prior` or `decoder`, step from 1, steps, a rough picture of Stage C where there is a previewer)."""
+"""(stage `prior` or `decoder`, step from 1, steps, a rough image of Stage C where there is a previewer)."""
 
 
 def sampling_arguments(drawing: Drawing) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def text_arguments(pipeline: Any, drawing: Drawing) -> dict[str, Any]:
     return dict(zip(names, embeds, strict=True))
 
 
-def picture_arguments(drawing: Drawing, inputs: Inputs) -> dict[str, Any]:
-    """The picture to start from, its mask, and reference pictures."""
+def image_arguments(drawing: Drawing, inputs: Inputs) -> dict[str, Any]:
+    """The image to start from, its mask, and reference images."""
     arguments: dict[str, Any] = {}
     if inputs.images:
         weights = drawing.image_weights
@@ -81,7 +81,7 @@ def callbacks(on_step: OnStep | None, previews: bool, drawing: Drawing) -> dict[
     def prior(pipeline: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         rough = None
         if previews and pipeline.previewer is not None:
-            rough = pipeline.preview_pictures(tensors["clean"][:1])[0]
+            rough = pipeline.preview_images(tensors["clean"][:1])[0]
         on_step("prior", step + 1, prior_steps, rough)
         return {}
 

@@ -1,4 +1,4 @@
-"""Control images of a drawing: what each ControlNet's own filter makes of the picture it is shown."""
+"""Control images of a drawing: what each ControlNet's own filter makes of the image it is shown."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stable_cascade.controls import InpaintFilter, control_picture, filter_names, make_filter
+from stable_cascade.controls import InpaintFilter, filter_names, make_filter, view_control
 from stable_cascade.disk import local_path
 from stable_cascade.files.controlnet import read_description, read_shapes
 from stable_cascade.files.headers import file_type, read_header
 from stable_cascade.files.json_files import read_json
-from stable_cascade.pipelines.outputs import to_pictures, to_pixels
+from stable_cascade.pipelines.outputs import to_images, to_pixels
 from stable_cascade.wording import brief, quoted
 
 from .files import controlnet_folder, is_hub_name
 from .request import ControlChoice
 
-# Pictures whose channels are a control image's; other numbers of channels are no picture.
+# Images whose channels are a control image's; other numbers of channels are no image.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -59,13 +59,13 @@ def control_source(choice: ControlChoice) -> ControlSource:
     return ControlSource(place, _channels(place, known), name, params)
 
 
-def check_control(choice: ControlChoice, source: ControlSource, picture: Any) -> None:
-    """Passes when the ControlNet can be shown this picture.
+def check_control(choice: ControlChoice, source: ControlSource, image: Any) -> None:
+    """Passes when the ControlNet can be shown this image.
 
     Raises:
         ValueError: nothing says how a control image is made of it, or a control image has other channels.
     """
-    if isinstance(picture, Tensor):
+    if isinstance(image, Tensor):
         return
     if not choice.filtered:
         if source.filter is None:
@@ -74,29 +74,29 @@ def check_control(choice: ControlChoice, source: ControlSource, picture: Any) ->
                 "--filter, or give a control image with --filtered"
             )
         return
-    found = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4}.get(picture.mode, 3)
+    found = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4}.get(image.mode, 3)
     wanted = source.channels if source.channels is not None else found
     if wanted not in _MODES:
         raise ValueError(
-            f"controlnet {quoted(choice.path)} takes control images of {wanted} channels, which no picture file has; "
+            f"controlnet {quoted(choice.path)} takes control images of {wanted} channels, which no image file has; "
             "give a photo without --filtered"
         )
-    if found != wanted and not (wanted == 1 and found == 3 and _is_grey(picture)):
+    if found != wanted and not (wanted == 1 and found == 3 and _is_grey(image)):
         raise ValueError(
             f"control image for {quoted(choice.path)} has {found} channels, its ControlNet takes {wanted}; "
             "give a photo without --filtered, or a control image that its filter made"
         )
 
 
-def control_image(
+def make_control_image(
     choice: ControlChoice,
     source: ControlSource,
-    picture: Any,
+    image: Any,
     *,
     mask: Image.Image | None = None,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The control image of a picture that has the size of what is drawn.
+    """The control image of an image that has the size of what is drawn.
 
     Args:
         mask: white where to repaint; an inpainting filter hides that area instead of one it chooses.
@@ -105,25 +105,25 @@ def control_image(
     Shapes: -> (1, c, h, w) float32.
 
     Raises:
-        ValueError: the filter refuses the picture or lacks a package.
+        ValueError: the filter refuses the image or lacks a package.
     """
-    if isinstance(picture, Tensor):
-        return picture[None] if picture.ndim == 3 else picture
+    if isinstance(image, Tensor):
+        return image[None] if image.ndim == 3 else image
     if choice.filtered:
-        mode = _MODES[source.channels] if source.channels is not None else picture.mode
-        return _tensor(picture.convert(mode))
+        mode = _MODES[source.channels] if source.channels is not None else image.mode
+        return _tensor(image.convert(mode))
     assert source.filter is not None
     control_filter = make_filter(source.filter, source.params, encode=encode)
-    pixels = to_pixels(picture)
+    pixels = to_pixels(image)
     if isinstance(control_filter, InpaintFilter) and mask is not None:
-        mask = mask.convert("L").resize(picture.size)
+        mask = mask.convert("L").resize(image.size)
         return control_filter(pixels, masks=_tensor(mask))
     return control_filter(pixels, None)
 
 
-def shown_picture(control: Tensor) -> Image.Image:
+def control_view(control: Tensor) -> Image.Image:
     """A control image as people see it."""
-    return to_pictures(control_picture(control), "pil")[0]
+    return to_images(view_control(control), "pil")[0]
 
 
 def load_controlnet(choice: ControlChoice, source: ControlSource, dtype: torch.dtype) -> Any:
@@ -190,13 +190,13 @@ def _names_code(value: Any) -> bool:
     return isinstance(value, str) and ":" in value
 
 
-def _is_grey(picture: Image.Image) -> bool:
-    red, green, blue = (channel.tobytes() for channel in picture.convert("RGB").split())
+def _is_grey(image: Image.Image) -> bool:
+    red, green, blue = (channel.tobytes() for channel in image.convert("RGB").split())
     return red == green == blue
 
 
-def _tensor(picture: Image.Image) -> Tensor:
+def _tensor(image: Image.Image) -> Tensor:
     """Shapes: -> (1, bands, H, W) float32 in [0, 1]."""
-    levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    width, height = picture.size
+    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    width, height = image.size
     return levels.view(1, height, width, -1).permute(0, 3, 1, 2).float() / 255

@@ -1,4 +1,4 @@
-"""Files that a drawing names: which bytes they are, so that a picture drawn again is drawn from the same ones."""
+"""Files that a drawing names: which bytes they are, so that an image drawn again is drawn from the same ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def with_sums(drawing: Drawing, *, skip: Sequence[str] = (), allow_changed: bool
     """The drawing with the SHA-256 of every file that it names.
 
     Args:
-        skip: input pictures that are in memory, by the names `input_pictures` gives them.
+        skip: input images that are in memory, by the names `input_images` gives them.
         allow_changed: takes the new sums where the drawing has others.
 
     Raises:
         ValueError: a file is missing, or is not the one that the drawing was made with.
     """
 
-    def picture(name: str, file: InputFile | None) -> InputFile | None:
+    def image(name: str, file: InputFile | None) -> InputFile | None:
         if file is None or name in skip:
             return file
         return replace(file, sha256=_sum(name, [local_path(file.path)], file.sha256, allow_changed))
@@ -39,15 +39,15 @@ def with_sums(drawing: Drawing, *, skip: Sequence[str] = (), allow_changed: bool
         return replace(choice, sha256=_sum("lora", files, choice.sha256, allow_changed)) if files else choice
 
     def control(place: int, choice: ControlChoice) -> ControlChoice:
-        checked = replace(choice, image=picture(f"control_images[{place}]", choice.image))
+        checked = replace(choice, image=image(f"control_images[{place}]", choice.image))
         files = controlnet_files(choice.path)
         return replace(checked, sha256=_sum("controlnet", files, choice.sha256, allow_changed)) if files else checked
 
     return replace(
         drawing,
-        image=picture("image", drawing.image),
-        mask_image=picture("mask_image", drawing.mask_image),
-        images=tuple(file for file in (picture("images", one) for one in drawing.images) if file is not None),
+        image=image("image", drawing.image),
+        mask_image=image("mask_image", drawing.mask_image),
+        images=tuple(file for file in (image("images", one) for one in drawing.images) if file is not None),
         loras=tuple(lora(choice) for choice in drawing.loras),
         controlnets=tuple(control(place, choice) for place, choice in enumerate(drawing.controlnets)),
     )
@@ -114,7 +114,7 @@ def _sum(what: str, files: Sequence[Path], expected: str | None, allow_changed: 
     found = sha256_of(files, what)
     if expected not in (None, found) and not allow_changed:
         raise ValueError(
-            f"{what} {quoted(files[0])} is not the file that the picture was drawn with, its SHA-256 is {found[:12]}… "
+            f"{what} {quoted(files[0])} is not the file that the image was drawn with, its SHA-256 is {found[:12]}… "
             f"instead of {str(expected)[:12]}…; find the old one, or draw with --allow-changed-files"
         )
     return found

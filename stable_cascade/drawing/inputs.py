@@ -1,4 +1,4 @@
-"""The input pictures of a drawing: read, checked, and brought to the size that is drawn."""
+"""The input images of a drawing: read, checked, and brought to the size that is drawn."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stable_cascade.wording import quoted
 
 from .checks import LARGEST_SIDE, SMALLEST_SIDE
 from .control import ControlSource, check_control, control_source
-from .pictures import in_mode, read_picture
+from .images import in_mode, read_image
 from .request import STRENGTHS, Drawing, InputFile
 
-_FROM_PICTURE = ("img2img", "inpaint", "reconstruct")
+_FROM_IMAGE = ("img2img", "inpaint", "reconstruct")
 _WITH_REFERENCES = ("variation", "img2img", "inpaint", "control")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Input pictures in memory; None or empty where the drawing's files are meant.
+class InputImages:
+    """Input images in memory; None or empty where the drawing's files are meant.
 
     `mask_image` is white where to repaint. `control_images` has one entry per ControlNet of the drawing, a photo for
     its filter (or what its filter made, where the choice says `filtered`; a tensor (c, h, w) is always that), or None
@@ -45,7 +45,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A drawing's pictures, all of them in memory, and its ControlNets as their files describe them.
+    """A drawing's images, all of them in memory, and its ControlNets as their files describe them.
 
     A control image that is None is `image`, on its canvas where it is outpainted.
     """
@@ -57,28 +57,28 @@ class Inputs:
     controls: tuple[ControlSource, ...] = ()
 
 
-def check_task(drawing: Drawing, pictures: Pictures) -> None:
+def check_task(drawing: Drawing, in_memory: InputImages) -> None:
     """Passes when a task has what it needs and nothing that it would ignore.
 
     Raises:
         ValueError: naming what is missing or in vain.
     """
     task = drawing.task
-    image = drawing.image is not None or pictures.image is not None
-    mask = drawing.mask_image is not None or pictures.mask_image is not None
-    references = max(len(drawing.images), len(pictures.images))
-    if task in _FROM_PICTURE and not image:
-        raise ValueError(f"task {task} needs a picture and none is known; give image")
+    image = drawing.image is not None or in_memory.image is not None
+    mask = drawing.mask_image is not None or in_memory.mask_image is not None
+    references = max(len(drawing.images), len(in_memory.images))
+    if task in _FROM_IMAGE and not image:
+        raise ValueError(f"task {task} needs an image and none is known; give image")
     if task == "inpaint" and not mask and drawing.outpaint is None:
         raise ValueError("task inpaint needs a mask, white where to repaint; give mask_image, or outpaint")
     if task == "inpaint" and mask and drawing.outpaint is not None:
         raise ValueError("mask_image and outpaint are both given; outpaint makes its own mask, give one of them")
     if task == "variation" and not references:
-        raise ValueError("task variation needs reference pictures; give images")
+        raise ValueError("task variation needs reference images; give images")
     if task == "control" and not drawing.controlnets:
         raise ValueError("task control needs a ControlNet; give controlnets")
     in_vain = {
-        "image": image and task not in _FROM_PICTURE,
+        "image": image and task not in _FROM_IMAGE,
         "mask_image": mask and task != "inpaint",
         "outpaint": drawing.outpaint is not None and task != "inpaint",
         "strength": drawing.strength is not None and task not in STRENGTHS,
@@ -90,53 +90,53 @@ def check_task(drawing: Drawing, pictures: Pictures) -> None:
         if given:
             raise ValueError(f"task {task} takes no {name}; leave it away or choose another task")
     if drawing.image_weights is not None and len(drawing.image_weights) != references:
-        raise ValueError(f"image_weights has {len(drawing.image_weights)} entries for {references} reference pictures")
-    if len(pictures.control_images) > len(drawing.controlnets):
+        raise ValueError(f"image_weights has {len(drawing.image_weights)} entries for {references} reference images")
+    if len(in_memory.control_images) > len(drawing.controlnets):
         raise ValueError(
-            f"control_images has {len(pictures.control_images)} pictures for {len(drawing.controlnets)} ControlNets"
+            f"control_images has {len(in_memory.control_images)} images for {len(drawing.controlnets)} ControlNets"
         )
 
 
-def read_inputs(drawing: Drawing, pictures: Pictures) -> Inputs:
-    """Every input picture, decoded, and every ControlNet's description.
+def read_inputs(drawing: Drawing, in_memory: InputImages) -> Inputs:
+    """Every input image, decoded, and every ControlNet's description.
 
     Raises:
-        ValueError: a picture is missing, damaged or too large, or does not fit its ControlNet.
+        ValueError: an image is missing, damaged or too large, or does not fit its ControlNet.
     """
-    image, mask = _read(drawing.image, pictures.image), _read(drawing.mask_image, pictures.mask_image, "L", "black")
+    image, mask = _read(drawing.image, in_memory.image), _read(drawing.mask_image, in_memory.mask_image, "L", "black")
     if image is not None and mask is not None and mask.size != image.size:
         raise ValueError(
             f"mask_image is {mask.width} x {mask.height} and image {image.width} x {image.height}; "
-            "make a mask of the picture's size"
+            "make a mask of the image's size"
         )
-    images = [in_mode(one) for one in pictures.images] or [read_picture(file.path) for file in drawing.images]
-    in_memory = (*pictures.control_images, *[None] * len(drawing.controlnets))
+    images = [in_mode(one) for one in in_memory.images] or [read_image(file.path) for file in drawing.images]
+    own_controls = (*in_memory.control_images, *[None] * len(drawing.controlnets))
     controls, shown = [], []
-    for choice, given in zip(drawing.controlnets, in_memory, strict=False):
+    for choice, given in zip(drawing.controlnets, own_controls, strict=False):
         source = control_source(choice)
         mode = None if choice.filtered else "RGB"
-        picture = given if isinstance(given, Tensor) else _read(choice.image, given, mode)
-        seen = image if picture is None and not choice.filtered else picture
+        own = given if isinstance(given, Tensor) else _read(choice.image, given, mode)
+        seen = image if own is None and not choice.filtered else own
         if seen is None:
-            raise ValueError(f"controlnet {quoted(choice.path)} has no picture to look at; give it one")
+            raise ValueError(f"controlnet {quoted(choice.path)} has no image to look at; give it one")
         check_control(choice, source, seen)
         controls.append(source)
-        shown.append(picture)
+        shown.append(own)
     return Inputs(image, mask, tuple(images), tuple(shown), tuple(controls))
 
 
 def sized(drawing: Drawing, inputs: Inputs, side: int) -> Drawing:
     """The drawing with height and width, and its task's strength.
 
-    Where no size is given it is the input picture's, in multiples of 8, shrunk to the area that the model was trained
-    on; without an input picture a square of `side`. With one side given the other follows from the picture's shape.
+    Where no size is given it is the input image's, in multiples of 8, shrunk to the area that the model was trained
+    on; without an input image a square of `side`. With one side given the other follows from the image's shape.
 
     Raises:
-        ValueError: what is to be outpainted leaves no room for the picture.
+        ValueError: what is to be outpainted leaves no room for the image.
     """
     left, top, right, bottom = drawing.outpaint or (0, 0, 0, 0)
     controlled = next((one for one in inputs.control_images if isinstance(one, Image.Image)), None)
-    picture = inputs.image if inputs.image is not None else controlled
+    image = inputs.image if inputs.image is not None else controlled
     if (left + right) % 8 or (top + bottom) % 8:
         raise ValueError(
             f"outpaint {left},{top},{right},{bottom}: left + right and top + bottom must be multiples of 8"
@@ -145,19 +145,19 @@ def sized(drawing: Drawing, inputs: Inputs, side: int) -> Drawing:
     width = None if drawing.width is None else drawing.width - left - right
     if min(height or SMALLEST_SIDE, width or SMALLEST_SIDE) < 8:
         raise ValueError(
-            f"outpaint {left},{top},{right},{bottom} leaves nothing of a picture of {drawing.width} x "
+            f"outpaint {left},{top},{right},{bottom} leaves nothing of an image of {drawing.width} x "
             f"{drawing.height}; draw a larger one"
         )
-    if picture is None:
+    if image is None:
         height, width = height or side, width or side
     else:
-        height, width = _fitting(picture.size, height, width, side)
+        height, width = _fitting(image.size, height, width, side)
     strength = STRENGTHS.get(drawing.task) if drawing.strength is None else drawing.strength
     return replace(drawing, height=height + top + bottom, width=width + left + right, strength=strength)
 
 
 def fitted(drawing: Drawing, inputs: Inputs, control_size: tuple[int, int]) -> Inputs:
-    """The pictures at the size that is drawn: cut at the middle where their shape differs, then resized.
+    """The images at the size that is drawn: cut at the middle where their shape differs, then resized.
 
     What is outpainted is put on its canvas, with the mask of what is new. ControlNets look at (height, width)
     `control_size`; what is inpainted is hidden from them as well.
@@ -178,24 +178,24 @@ def _read(
 ) -> Image.Image | None:
     if given is not None:
         return in_mode(given, mode, paper)
-    return None if file is None else read_picture(file.path, mode=mode, paper=paper)
+    return None if file is None else read_image(file.path, mode=mode, paper=paper)
 
 
-def _fit(picture: Any, size: Sequence[int]) -> Any:
-    """The picture cut at the middle to the shape of `size` and resized; a few pixels too many are only cut off."""
-    if not isinstance(picture, Image.Image) or picture.size == tuple(size):
-        return picture
-    over = [own - wanted for own, wanted in zip(picture.size, size, strict=True)]
+def _fit(image: Any, size: Sequence[int]) -> Any:
+    """The image cut at the middle to the shape of `size` and resized; a few pixels too many are only cut off."""
+    if not isinstance(image, Image.Image) or image.size == tuple(size):
+        return image
+    over = [own - wanted for own, wanted in zip(image.size, size, strict=True)]
     if all(0 <= pixels < 8 for pixels in over):
         left, top = over[0] // 2, over[1] // 2
-        return picture.crop((left, top, left + size[0], top + size[1]))
-    # Four channels are a control image, a picture and a mask: Pillow would take the mask for transparency.
-    method = Image.Resampling.NEAREST if picture.mode == "RGBA" else Image.Resampling.LANCZOS
-    return ImageOps.fit(picture, (size[0], size[1]), method)
+        return image.crop((left, top, left + size[0], top + size[1]))
+    # Four channels are a control image, an image and a mask: Pillow would take the mask for transparency.
+    method = Image.Resampling.NEAREST if image.mode == "RGBA" else Image.Resampling.LANCZOS
+    return ImageOps.fit(image, (size[0], size[1]), method)
 
 
 def _fitting(size: Sequence[int], height: int | None, width: int | None, side: int) -> tuple[int, int]:
-    """Height and width for a picture of this size, in multiples of 8."""
+    """Height and width for an image of this size, in multiples of 8."""
     wide, high = size
     if height is not None and width is not None:
         return height, width

@@ -1,4 +1,4 @@
-"""The cascade that a word, a folder, a Hub name or single files mean, and what a picture was made with."""
+"""The cascade that a word, a folder, a Hub name or single files mean, and what an image was made with."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def chosen_device(device: str | None) -> torch.device:
 
 
 def made_with(device: torch.device, dtype: str) -> dict[str, Any]:
-    """Everything beside the settings on which the last bit of a picture may depend."""
+    """Everything beside the settings on which the last bit of an image may depend."""
     import diffusers
 
     cuda = device.type == "cuda"

@@ -31,7 +31,7 @@ class LoraShelf:
     """Which LoRAs a pipeline carries.
 
     Weights change freely. Another set is loaded anew: a layer that carries an adapter, even an idle one, is computed
-    along another path, and a picture must not depend on what was drawn before it.
+    along another path, and an image must not depend on what was drawn before it.
     """
 
     def __init__(self, pipeline: Any) -> None:

@@ -32,9 +32,9 @@ _MOST_CHUNKS = 1000
 
 @dataclass(frozen=True)
 class Record:
-    """What a picture says about itself.
+    """What an image says about itself.
 
-    `made_with` names versions, device and threads, on which the last bit of a picture may depend. `redacted` lists
+    `made_with` names versions, device and threads, on which the last bit of an image may depend. `redacted` lists
     settings that held a credential, which is not written into files; they have to be given again.
     """
 
@@ -43,7 +43,7 @@ class Record:
     redacted: tuple[str, ...] = ()
 
 
-def save_picture(drawn: Drawn, path: str | os.PathLike[str]) -> Path:
+def save_image(drawn: Drawn, path: str | os.PathLike[str]) -> Path:
     """The new PNG with its settings inside.
 
     Raises:
@@ -58,9 +58,9 @@ def save_picture(drawn: Drawn, path: str | os.PathLike[str]) -> Path:
     info.add_itxt("parameters", readable)
     try:
         with target.open("xb") as file:
-            drawn.picture.save(file, format="PNG", pnginfo=info)
+            drawn.image.save(file, format="PNG", pnginfo=info)
     except FileExistsError:
-        raise ValueError(f"{quoted(target)} exists; pictures are never overwritten, choose another name") from None
+        raise ValueError(f"{quoted(target)} exists; images are never overwritten, choose another name") from None
     return target
 
 
@@ -105,7 +105,7 @@ def parameters(drawing: Drawing, made_with: Mapping[str, Any]) -> str:
 
 
 def read_drawing(path: str | os.PathLike[str]) -> Drawing:
-    """The settings that a picture was drawn with.
+    """The settings that an image was drawn with.
 
     Raises:
         ValueError: it is no PNG, carries none, or they are damaged.
@@ -114,13 +114,13 @@ def read_drawing(path: str | os.PathLike[str]) -> Drawing:
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """Everything that a picture says about itself, read without decoding it.
+    """Everything that an image says about itself, read without decoding it.
 
     Raises:
         ValueError: it is no PNG, carries no record, or the record is damaged.
     """
-    name = f"picture {quoted(local_path(path))}"
-    with open_file(path, at_most=bounds.IMAGE_FILE, what="picture") as file:
+    name = f"image {quoted(local_path(path))}"
+    with open_file(path, at_most=bounds.IMAGE_FILE, what="image") as file:
         text = _record_text(file, name)
     if text is None:
         raise ValueError(f"{name} carries no settings: stable-cascade did not draw it, or another program saved it")

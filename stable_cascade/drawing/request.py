@@ -1,4 +1,4 @@
-"""What decides a picture, in one frozen object that goes into JSON and comes back checked."""
+"""What decides an image, in one frozen object that goes into JSON and comes back checked."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
 MOST_TEXT = 20_000
-# What a task that starts from a picture changes of it where nothing else is said.
+# What a task that starts from an image changes of it where nothing else is said.
 STRENGTHS = {"img2img": 0.75, "inpaint": 1.0}
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A picture on disk; `sha256` is of the file's bytes, filled in when it is drawn from."""
+    """An image on disk; `sha256` is of the file's bytes, filled in when it is drawn from."""
 
     path: str
     sha256: str | None = None
@@ -62,9 +62,9 @@ class LoraChoice:
 
 @dataclass(frozen=True)
 class ControlChoice:
-    """A ControlNet, the picture it looks at, and when and how strongly it acts.
+    """A ControlNet, the image it looks at, and when and how strongly it acts.
 
-    `filtered` says that the picture is a control image already; `filter` names the filter of a ControlNet that does
+    `filtered` says that the image is a control image already; `filter` names the filter of a ControlNet that does
     not say by itself which one it was trained with.
     """
 
@@ -90,10 +90,10 @@ class ControlChoice:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Every setting that decides a picture.
+    """Every setting that decides an image.
 
-    Sizes that are None are the model's own, or the input picture's; `strength`, `sampler` and `shift` that are None
-    are the task's and the model's own. What comes back with a picture has sizes, strength and sums filled in.
+    Sizes that are None are the model's own, or the input image's; `strength`, `sampler` and `shift` that are None
+    are the task's and the model's own. What comes back with an image has sizes, strength and sums filled in.
 
     Raises:
         ValueError: a setting that means nothing, in one line.

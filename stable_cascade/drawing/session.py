@@ -1,4 +1,4 @@
-"""A loaded cascade that draws what it is asked for; LoRAs, ControlNets and samplers change between pictures."""
+"""A loaded cascade that draws what it is asked for; LoRAs, ControlNets and samplers change between images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stable_cascade.compilation import check_compiler, compile_blocks
 
-from .calls import OnStep, callbacks, own_sampler, picture_arguments, sampling_arguments, text_arguments
-from .control import control_image, load_controlnet, shown_picture
+from .calls import OnStep, callbacks, image_arguments, own_sampler, sampling_arguments, text_arguments
+from .control import control_view, load_controlnet, make_control_image
 from .files import with_sums
-from .inputs import Inputs, Pictures, check_task, fitted, read_inputs, sized
+from .inputs import InputImages, Inputs, check_task, fitted, read_inputs, sized
 from .loading import check_guide_prior, check_model, chosen_device, load_guide_prior, load_pipeline, made_with
 from .loras import LoraShelf, check_lora
 from .request import LARGEST_SEED, Drawing
@@ -27,9 +27,9 @@ KEPT_CONTROLNETS = 4
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and every setting that decided it; `save_picture` writes both into one file."""
+    """An image and every setting that decided it; `save_image` writes both into one file."""
 
-    picture: Image.Image
+    image: Image.Image
     drawing: Drawing
     seconds: float = 0.0
     made_with: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Session:
     def check(
         self,
         drawing: Drawing,
-        pictures: Pictures | None = None,
+        in_memory: InputImages | None = None,
         *,
         count: int = 1,
         batch_size: int = 1,
@@ -115,16 +115,16 @@ class Session:
             ValueError: an input is missing, damaged, changed or does not fit; an argument that means nothing.
         """
         _check_count(drawing, count, batch_size)
-        self._checked(drawing, pictures or Pictures(), allow_changed_files)
+        self._checked(drawing, in_memory or InputImages(), allow_changed_files)
 
-    def draw(self, drawing: Drawing, pictures: Pictures | None = None, **options: Any) -> list[Drawn]:
-        """The pictures that `each` draws, as a list."""
-        return list(self.each(drawing, pictures, **options))
+    def draw(self, drawing: Drawing, in_memory: InputImages | None = None, **options: Any) -> list[Drawn]:
+        """The images that `each` draws, as a list."""
+        return list(self.each(drawing, in_memory, **options))
 
     def each(
         self,
         drawing: Drawing,
-        pictures: Pictures | None = None,
+        in_memory: InputImages | None = None,
         *,
         count: int = 1,
         batch_size: int = 1,
@@ -132,13 +132,13 @@ class Session:
         previews: bool = True,
         allow_changed_files: bool = False,
     ) -> Iterator[Drawn]:
-        """`count` pictures, one after the other; picture i has seed + i and is the one that this seed draws alone.
+        """`count` images, one after the other; image i has seed + i and is the one that this seed draws alone.
 
         Args:
-            pictures: given here, they stand for the files that the drawing names, which then need not exist.
-            batch_size: pictures at a time; above 1 the last bit of a picture may depend on it.
+            in_memory: given here, they stand for the files that the drawing names, which then need not exist.
+            batch_size: images at a time; above 1 the last bit of an image may depend on it.
             on_step: told after every step; what it raises stops the drawing.
-            previews: whether `on_step` gets rough pictures.
+            previews: whether `on_step` gets rough images.
             allow_changed_files: draws from files whose SHA-256 is not the one that the drawing has.
 
         Raises:
@@ -146,47 +146,47 @@ class Session:
                 told; an argument that means nothing.
         """
         _check_count(drawing, count, batch_size)
-        drawing, inputs = self._checked(drawing, pictures or Pictures(), allow_changed_files)
+        drawing, inputs = self._checked(drawing, in_memory or InputImages(), allow_changed_files)
         told = callbacks(on_step, previews, drawing)
         seeds = range(drawing.seed, drawing.seed + count)
         groups = [seeds[start : start + batch_size] for start in range(0, count, batch_size)]
         return (drawn for group in groups for drawn in self._draw(drawing, inputs, group, told))
 
-    def control_pictures(self, drawing: Drawing, pictures: Pictures | None = None) -> list[Image.Image]:
-        """What each ControlNet is shown, as RGB pictures.
+    def control_images(self, drawing: Drawing, in_memory: InputImages | None = None) -> list[Image.Image]:
+        """What each ControlNet is shown, as RGB images.
 
         Raises:
             ValueError: as `each`.
         """
-        drawing, inputs = self._checked(drawing, pictures or Pictures(), True)
+        drawing, inputs = self._checked(drawing, in_memory or InputImages(), True)
         drawing, inputs = self._fitted(drawing, inputs)
-        return [shown_picture(control) for control in self._controls(drawing, inputs)]
+        return [control_view(control) for control in self._controls(drawing, inputs)]
 
-    def original(self, drawing: Drawing, pictures: Pictures | None = None) -> Image.Image | None:
-        """The input picture at the size that is drawn; None where a task has none.
+    def original(self, drawing: Drawing, in_memory: InputImages | None = None) -> Image.Image | None:
+        """The input image at the size that is drawn; None where a task has none.
 
         Raises:
             ValueError: as `each`.
         """
-        drawing, inputs = self._checked(drawing, pictures or Pictures(), True)
+        drawing, inputs = self._checked(drawing, in_memory or InputImages(), True)
         return self._fitted(drawing, inputs)[1].image
 
     def _own(self) -> dict[str, Any]:
         return {"model": self.model, "dtype": self.dtype, "lite": self.lite, "variant": self.variant}
 
-    def _checked(self, drawing: Drawing, pictures: Pictures, allow_changed: bool) -> tuple[Drawing, Inputs]:
+    def _checked(self, drawing: Drawing, in_memory: InputImages, allow_changed: bool) -> tuple[Drawing, Inputs]:
         for name, own in self._own().items():
             if getattr(drawing, name) != own:
                 raise ValueError(
                     f"the drawing has {name} {getattr(drawing, name)!r}, this session {own!r}; make one for it"
                 )
-        check_task(drawing, pictures)
+        check_task(drawing, in_memory)
         if drawing.guide_prior is not None:
             check_guide_prior(drawing.guide_prior, drawing.negative_prompt)
-        drawing = with_sums(drawing, skip=pictures.names(), allow_changed=allow_changed)
+        drawing = with_sums(drawing, skip=in_memory.names(), allow_changed=allow_changed)
         for choice in drawing.loras:
             check_lora(choice)
-        return drawing, read_inputs(drawing, pictures)
+        return drawing, read_inputs(drawing, in_memory)
 
     def _fitted(self, drawing: Drawing, inputs: Inputs) -> tuple[Drawing, Inputs]:
         from stable_cascade.pipelines.inputs import default_side
@@ -205,7 +205,7 @@ class Session:
 
     @torch.no_grad()
     def _draw(self, drawing: Drawing, inputs: Inputs, seeds: Sequence[int], told: dict[str, Any]) -> list[Drawn]:
-        """A batch of pictures, one per seed."""
+        """A batch of images, one per seed."""
         with self._lock:
             pipeline = self.pipeline
             drawing, inputs = self._fitted(drawing, inputs)
@@ -213,7 +213,7 @@ class Session:
             self._loras.use(drawing.loras)
             self._use_controlnets(drawing, inputs)
             arguments = {**sampling_arguments(drawing), **told, **text_arguments(pipeline, drawing)}
-            arguments |= picture_arguments(drawing, inputs) | self._control_arguments(drawing, inputs)
+            arguments |= image_arguments(drawing, inputs) | self._control_arguments(drawing, inputs)
             arguments["guide_prior"] = self._guide_prior(drawing)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             started = time.perf_counter()
@@ -270,8 +270,8 @@ class Session:
 
         chosen = zip(drawing.controlnets, inputs.controls, inputs.control_images, strict=True)
         return [
-            control_image(choice, source, picture, mask=inputs.mask_image, encode=encode)
-            for choice, source, picture in chosen
+            make_control_image(choice, source, image, mask=inputs.mask_image, encode=encode)
+            for choice, source, image in chosen
         ]
 
     def _control_arguments(self, drawing: Drawing, inputs: Inputs) -> dict[str, Any]:

@@ -34,8 +34,8 @@ DTYPES = {
 _BEGINNINGS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (b"GGUF", "a GGUF file; get the .safetensors file of this model"),
-    (b"\x89PNG", "a PNG picture, no weights"),
-    (b"\xff\xd8\xff", "a JPEG picture, no weights"),
+    (b"\x89PNG", "a PNG image, no weights"),
+    (b"\xff\xd8\xff", "a JPEG image, no weights"),
     (b"<!DOCTYPE", "a web page, saved in place of the file; download the file itself"),
     (b"<!doctype", "a web page, saved in place of the file; download the file itself"),
     (b"<html", "a web page, saved in place of the file; download the file itself"),

@@ -32,7 +32,7 @@ class StableCascadeControlNet(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdap
         in_channels: channels of the control image: 1 canny, 4 inpainting, 16 super resolution, 512 identity.
         projection_channels: width of the prior.
         blocks: which residual blocks get a residual.
-        bottleneck: `effnet` (a picture, through EfficientNetV2-S), `simple` (two convolutions) or `large` (eight
+        bottleneck: `effnet` (an image, through EfficientNetV2-S), `simple` (two convolutions) or `large` (eight
             residual blocks); the latter two keep the size of their input.
         backbone_config: keyword arguments of the bottleneck, for one of another size.
 

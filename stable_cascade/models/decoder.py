@@ -192,7 +192,7 @@ class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, C
             block.attention.fuse()
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles each block when it first runs; with `dynamic=True` one graph serves pictures of every shape."""
+        """Compiles each block when it first runs; with `dynamic=True` one graph serves images of every shape."""
         expect_many_sizes()
         super().compile_repeated_blocks(*args, **kwargs)
 

@@ -95,7 +95,7 @@ def _depthwise_layers(in_channels: int, out_channels: int, expansion: int, strid
 
 
 class EfficientNetFeatures(nn.Sequential):
-    """Stem, stages and head: pictures to feature maps. The defaults are EfficientNetV2-S.
+    """Stem, stages and head: images to feature maps. The defaults are EfficientNetV2-S.
 
     Shapes: (B, in_channels, H, W) -> (B, head_width, H/stride, W/stride), rounded up at every halving.
 

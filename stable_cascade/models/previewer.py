@@ -14,7 +14,7 @@ from .pretrained import PretrainedMixin
 
 
 class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
-    """Rough pictures of semantic latents, eight times their size; the defaults are the released previewer.
+    """Rough images of semantic latents, eight times their size; the defaults are the released previewer.
 
     Trained towards pixels in [0, 1] and not clamped.
 
@@ -43,7 +43,7 @@ class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
         )
 
     def forward(self, semantic_latents: Tensor) -> Tensor:
-        """A rough picture, in the dtype of the weights.
+        """A rough image, in the dtype of the weights.
 
         Shapes: (B, in_channels, h, w) -> (B, out_channels, 8 h, 8 w), about [0, 1].
         """

@@ -1,4 +1,4 @@
-"""Stage C: the network that turns text, and sometimes a picture's embedding, into semantic latents."""
+"""Stage C: the network that turns text, and sometimes an image's embedding, into semantic latents."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class StableCascadePrior(AttentionBackendMixin, PretrainedMixin, ModelMixin, Con
             block.attention.fuse()
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles each block when it first runs; with `dynamic=True` one graph serves pictures of every shape."""
+        """Compiles each block when it first runs; with `dynamic=True` one graph serves images of every shape."""
         expect_many_sizes()
         super().compile_repeated_blocks(*args, **kwargs)
 

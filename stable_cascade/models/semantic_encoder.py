@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class StableCascadeSemanticEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
-    """Semantic latents of pictures in [0, 1]; the defaults are the released encoder.
+    """Semantic latents of images in [0, 1]; the defaults are the released encoder.
 
     EfficientNetV2 features, a 1x1 convolution and a batch norm without weights, which gives latents of about unit
     variance. Input is normalised here, by `image_mean` and `image_std`.
@@ -85,7 +85,7 @@ class StableCascadeSemanticEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
         Shapes: (B, 3, H, W) in [0, 1] -> (B, latent_channels, H/stride, W/stride), rounded up.
 
         Raises:
-            ValueError: `pixels` is not a batch of pictures with `in_channels` channels, or holds integers.
+            ValueError: `pixels` is not a batch of images with `in_channels` channels, or holds integers.
         """
         channels = self.config.in_channels
         if pixels.ndim != 4 or pixels.shape[1] != channels:

@@ -1,7 +1,7 @@
-"""Stage A in parts: tiles that reach over their own edges, equal to the picture computed whole.
+"""Stage A in parts: tiles that reach over their own edges, equal to the image computed whole.
 
-No layer of Stage A looks at the whole picture: norms act at one position, convolutions see a known distance. A tile
-with a margin of that distance has inside it exactly what the whole picture has there, so nothing is blended.
+No layer of Stage A looks at the whole image: norms act at one position, convolutions see a known distance. A tile
+with a margin of that distance has inside it exactly what the whole image has there, so nothing is blended.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def spans(length: int, tile: int, margin: int) -> list[Span]:
 def tiled(
     function: Callable[[Tensor], Tensor], x: Tensor, *, tile: tuple[int, int], margin: int, cell: tuple[int, int]
 ) -> Tensor:
-    """`function(x)`, one tile of one picture at a time.
+    """`function(x)`, one tile of one image at a time.
 
     Args:
         tile: height and width of a tile in latents, margins included.

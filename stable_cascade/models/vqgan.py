@@ -1,4 +1,4 @@
-"""Stage A: pictures to latents a quarter their size and back."""
+"""Stage A: images to latents a quarter their size and back."""
 
 from __future__ import annotations
 
@@ -206,12 +206,12 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
         self.use_tiling = True
 
     def disable_tiling(self) -> None:
-        """Makes `decode` and `encode` work on whole pictures, however large."""
+        """Makes `decode` and `encode` work on whole images, however large."""
         self.use_tiling = False
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> VQGANEncoderOutput | tuple[Tensor]:
-        """Latents of pictures, neither scaled nor quantised.
+        """Latents of images, neither scaled nor quantised.
 
         Shapes: (B, 3, H, W) in [0, 1] -> `.latents` (B, latent_channels, H/stride, W/stride).
 
@@ -234,7 +234,7 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
     def decode(
         self, h: Tensor, force_not_quantize: bool = True, return_dict: bool = True
     ) -> VQGANOutput | tuple[Tensor]:
-        """Pictures of latents; not clamped.
+        """Images of latents; not clamped.
 
         Shapes: (B, latent_channels, h, w), unscaled -> `.sample` (B, 3, h * stride, w * stride), about [0, 1].
         """
@@ -251,7 +251,7 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, return_dict: bool = True, *, force_not_quantize: bool = True
     ) -> VQGANOutput | tuple[Tensor]:
-        """Pictures, encoded and decoded; with the latents and, if quantised, the codebook loss for a trainer.
+        """Images, encoded and decoded; with the latents and, if quantised, the codebook loss for a trainer.
 
         Shapes: (B, 3, H, W) -> `.sample` (B, 3, H, W), `.latents`, `.quantized`.
         """
@@ -339,7 +339,7 @@ class PatchDiscriminator(nn.Module):
 
     High for photographs, low for rebuilt images.
 
-    Its norms see one picture at a time (GroupNorm, no batch norm), so a score does not depend on the batch around it.
+    Its norms see one image at a time (GroupNorm, no batch norm), so a score does not depend on the batch around it.
 
     Shapes: (B, 3, H, W) in [0, 1] -> (B, 1, H/8, W/8).
 

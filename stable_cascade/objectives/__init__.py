@@ -1,1 +1,1 @@
-"""What one training step computes: clean pictures and captions in, one loss per sample out."""
+"""What one training step computes: clean images and captions in, one loss per sample out."""

@@ -1,4 +1,4 @@
-"""Pictures in, the same pictures out: the losses of it, and the image encoder with its previewer."""
+"""Images in, the same images out: the losses of it, and the image encoder with its previewer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def edge_loss(rebuilt: Tensor, pixels: Tensor) -> Tensor:
 
 
 def reconstruction_loss(rebuilt: Tensor, pixels: Tensor, *, square: float = 1.0, edges: float = 0.5) -> Tensor:
-    """L1 + `square` * L2 + `edges` * edge loss, per picture.
+    """L1 + `square` * L2 + `edges` * edge loss, per image.
 
     Shapes: (B, C, H, W), (B, C, H, W) -> (B,).
     """
@@ -42,7 +42,7 @@ class EncoderWithPreviewer(nn.Module):
         self.previewer = previewer
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """The pictures that the previewer draws from the noised semantic latents.
+        """The images that the previewer draws from the noised semantic latents.
 
         Shapes: pixels (B, 3, H, W), noise (B, 16, h, w) -> (B, 3, 8h, 8w).
         """
@@ -53,9 +53,9 @@ class EncoderWithPreviewer(nn.Module):
 def semantic_encoder_loss(
     model: nn.Module, pixels: Tensor, seeds: Tensor, *, stride: int, latent_noise: float = 0.15
 ) -> dict[str, Tensor]:
-    """One step of the image encoder: the previewer must rebuild the picture from noised latents.
+    """One step of the image encoder: the previewer must rebuild the image from noised latents.
 
-    The noise makes nearby latents mean nearby pictures, which Stage C's own errors need.
+    The noise makes nearby latents mean nearby images, which Stage C's own errors need.
 
     Shapes: pixels (B, 3, H, W) in [0, 1], seeds (B,) -> `loss` (B,).
     """

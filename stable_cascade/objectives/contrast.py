@@ -1,4 +1,4 @@
-"""CLIP: pictures and their captions side by side, every other pair in the batch as a counterexample."""
+"""CLIP: images and their captions side by side, every other pair in the batch as a counterexample."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class TwoTowers(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(2.659))
 
     def forward(self, clip_pixels: Tensor, captions: Sequence[str]) -> Tensor:
-        """Scaled similarities of every picture with every caption.
+        """Scaled similarities of every image with every caption.
 
-        Shapes: (B, 3, S, S) normalised pixels and B captions -> (B, B), row = picture.
+        Shapes: (B, 3, S, S) normalised pixels and B captions -> (B, B), row = image.
         """
         _, pooled, _ = encode_prompts(self.text_encoder, self.tokenizer, captions, clip_pixels.device)
         image = self.image_encoder(pixel_values=clip_pixels).image_embeds
@@ -47,6 +47,6 @@ def contrastive_loss(model: nn.Module, clip_pixels: Tensor, captions: Sequence[s
     group = to_device(torch.tensor([index[caption] for caption in captions]), similarity.device)
     same = (group[:, None] == group[None, :]).float()
     wanted = same / same.sum(1, keepdim=True)
-    by_picture = F.cross_entropy(similarity, wanted, reduction="none")
+    by_image = F.cross_entropy(similarity, wanted, reduction="none")
     by_caption = F.cross_entropy(similarity.T, wanted, reduction="none")
-    return {"loss": (by_picture + by_caption) / 2}
+    return {"loss": (by_image + by_caption) / 2}

@@ -1,4 +1,4 @@
-"""Stage B: predict the noise in Stage A latents from the semantic latents of a randomly shrunk picture."""
+"""Stage B: predict the noise in Stage A latents from the semantic latents of a randomly shrunk image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def decoder_loss(
         encode_vq: pixels -> scaled Stage A latents (B, 4, H/4, W/4).
         encode_semantic: pixels -> semantic latents (B, 16, h, w).
         embed_text: captions -> pooled text (B, 1, D).
-        stride: the image encoder's total stride; the shrunk picture's sides are multiples of it.
+        stride: the image encoder's total stride; the shrunk image's sides are multiples of it.
         effnet_noise: largest strength of the noise on the semantic latents, drawn per sample; it teaches Stage B to
             forgive what Stage C gets wrong.
     """
@@ -84,7 +84,7 @@ def semantic_noise(seeds: Tensor, shape: tuple[int, ...], strength: float) -> Te
 
 
 def shrink(pixels: Tensor, step_seed: int, *, stride: int, smallest: float, interpolation: str = "nearest") -> Tensor:
-    """The pictures at a random smaller size, sides rounded down to multiples of `stride`.
+    """The images at a random smaller size, sides rounded down to multiples of `stride`.
 
     One scale serves the whole global batch, as in the original, so that its parts can be computed anywhere. The
     original resizes with `nearest`; `bilinear` (antialiased) shows the encoder what it sees at inference.

@@ -1,4 +1,4 @@
-"""Stage C: predict the noise in semantic latents from text and, sometimes, an embedded picture or a control image."""
+"""Stage C: predict the noise in semantic latents from text and, sometimes, an embedded image or a control image."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Stage A: pictures in, the same pictures out, through codes and past them, watched by a discriminator.
+"""Stage A: images in, the same images out, through codes and past them, watched by a discriminator.
 
 Generator and discriminator are trained by one loss. The generator is judged by the discriminator's detached weights,
-the discriminator sees detached pictures: no parameter gets a gradient from the other's term, so one backward pass and
+the discriminator sees detached images: no parameter gets a gradient from the other's term, so one backward pass and
 one optimizer do what two of each would.
 """
 
@@ -20,18 +20,18 @@ from stable_cascade.transfer import to_device
 
 from .autoencoding import reconstruction_loss
 
-PICTURES_AT_ONCE = 8
+IMAGES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Rebuilt:
     """What one pass of the training gives.
 
-    Shapes: pictures (B, 3, H, W); latents (B, C, h, w), detached; indices (B, h, w) int64; the losses (B,). What
+    Shapes: images (B, 3, H, W); latents (B, C, h, w), detached; indices (B, h, w) int64; the losses (B,). What
         belongs to quantiser or discriminator is None where they take no part.
     """
 
-    pictures: Tensor
+    images: Tensor
     latents: Tensor
     indices: Tensor | None = None
     codebook: Tensor | None = None
@@ -59,7 +59,7 @@ class AdversarialAutoencoder(nn.Module):
         return self
 
     def forward(self, pixels: Tensor, as_codes: Tensor, adversarial: bool = False) -> Rebuilt:
-        """The pictures rebuilt and the losses of quantiser and discriminator.
+        """The images rebuilt and the losses of quantiser and discriminator.
 
         Shapes: pixels (B, 3, H, W) in [0, 1]; as_codes (B,) bool, which samples the decoder sees quantised.
         """
@@ -73,17 +73,17 @@ class AdversarialAutoencoder(nn.Module):
             given = torch.where(to_device(as_codes, latents.device)[:, None, None, None], straight, latents)
             codebook, commitment = _distance(codes, latents.detach()), _distance(latents, codes.detach())
             found = {"indices": indices, "codebook": codebook, "commitment": commitment}
-        pictures = self.vqgan.decode(given).sample
+        images = self.vqgan.decode(given).sample
         if adversarial and self.discriminator is not None:
-            found["fooling"] = self._fooling(pictures)
-            found["judging"] = hinge_loss(self.discriminator(pixels), self.discriminator(pictures.detach()))
-        return Rebuilt(pictures, latents.detach(), **found)
+            found["fooling"] = self._fooling(images)
+            found["judging"] = hinge_loss(self.discriminator(pixels), self.discriminator(images.detach()))
+        return Rebuilt(images, latents.detach(), **found)
 
-    def _fooling(self, pictures: Tensor) -> Tensor:
+    def _fooling(self, images: Tensor) -> Tensor:
         """The generator's term: minus the score, by a discriminator that gets no gradient from it."""
         assert self.discriminator is not None
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        return -functional_call(self.discriminator, frozen, (pictures,)).float().flatten(1).mean(1)
+        return -functional_call(self.discriminator, frozen, (images,)).float().flatten(1).mean(1)
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 
 
 def hinge_loss(real: Tensor, rebuilt: Tensor) -> Tensor:
-    """(max(0, 1 - score of real) + max(0, 1 + score of rebuilt)) / 2, averaged over the patches of each picture.
+    """(max(0, 1 - score of real) + max(0, 1 + score of rebuilt)) / 2, averaged over the patches of each image.
 
     Shapes: (B, 1, h, w) twice -> (B,).
 
@@ -118,7 +118,7 @@ def vqgan_loss(
 
     Source: van den Oord et al. 2017, eq. 3; Esser et al. 2021, eq. 4 to 6, without the perceptual loss.
     """
-    reconstruction = reconstruction_loss(rebuilt.pictures, pixels)
+    reconstruction = reconstruction_loss(rebuilt.images, pixels)
     loss = reconstruction
     if rebuilt.codebook is not None and rebuilt.commitment is not None:
         loss = loss + codebook_weight * rebuilt.codebook + commitment_weight * rebuilt.commitment
@@ -132,7 +132,7 @@ def prepare_new(vqgan: Any, pixels: Tensor, *, seed: int) -> None:
     """Make a newly initialised Stage A fit to train, in place.
 
     Its residual blocks get gains (at the original's zeros their insides get no gradient for thousands of steps), its
-    latents the statistics of these pictures, its codebook latents of these pictures.
+    latents the statistics of these images, its codebook latents of these images.
 
     Shapes: pixels (N, 3, H, W) in [0, 1].
     """
@@ -158,11 +158,11 @@ def _latent_norm(vqgan: Any) -> Any:
 
 
 def _flat_latents(vqgan: Any, pixels: Tensor) -> Tensor:
-    """The latents of pictures as rows.
+    """The latents of images as rows.
 
     Shapes: (N, 3, H, W) -> (N h w, C).
     """
-    parts = [vqgan.encode(part).latents for part in pixels.split(PICTURES_AT_ONCE)]
+    parts = [vqgan.encode(part).latents for part in pixels.split(IMAGES_AT_ONCE)]
     return torch.cat(parts).float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -175,12 +175,12 @@ def latent_scale(vqgan: Any, pixels: Tensor) -> float:
     return _flat_latents(vqgan, pixels).std().item()
 
 
-def psnr(pictures: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per picture in dB, for values in [0, 1].
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per image in dB, for values in [0, 1].
 
     Shapes: (B, 3, H, W) twice -> (B,).
     """
-    error = (pictures.double() - references.double()).square().flatten(1).mean(1)
+    error = (images.double() - references.double()).square().flatten(1).mean(1)
     return -10 * error.clamp_min(1e-12).log10()
 
 

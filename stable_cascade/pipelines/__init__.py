@@ -1,4 +1,4 @@
-"""Ways of running the cascade: text to pictures, each stage alone, and pictures rebuilt."""
+"""Ways of running the cascade: text to images, each stage alone, and images rebuilt."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def read_control(pipeline: Any, images: Any, scale: Any, start: Any, end: Any, *
     """What a call says about the pipeline's ControlNets, checked; nothing where it has no control image.
 
     Args:
-        images: of one ControlNet one picture, a list or a batch; of several a list with that of each.
+        images: of one ControlNet one image, a list or a batch; of several a list with that of each.
         scale, start, end: one for all ControlNets, or one for each.
         count: images to draw.
 
@@ -135,7 +135,7 @@ def _control_images(images: Any, net: StableCascadeControlNet, name: str) -> Ten
         images = list(images)
     images = list(images) if isinstance(images, list | tuple) else [images]
     if not images:
-        raise ValueError(f"{name} is empty; give at least one picture")
+        raise ValueError(f"{name} is empty; give at least one image")
     read = [_control_image(image, channels, name) for image in images]
     sizes = {tuple(image.shape[-2:]) for image in read}
     if len(sizes) > 1:
@@ -161,7 +161,7 @@ def _control_image(image: Any, channels: int, name: str) -> Tensor:
         image = from_array(image if image.ndim == 3 else image[..., None])
     if not isinstance(image, Tensor) or image.ndim not in (2, 3) or image.is_complex():
         what = f"{type(image).__name__} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
-        raise ValueError(f"{name} holds {what}; give PIL pictures, arrays (H, W, c) or tensors (c, H, W)")
+        raise ValueError(f"{name} holds {what}; give PIL images, arrays (H, W, c) or tensors (c, H, W)")
     image = image[None] if image.ndim == 2 else image
     if len(image) != channels:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Stages B and A: semantic latents to pictures."""
+"""Stages B and A: semantic latents to images."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .stages import CALLBACK_TENSORS, begin, decode, draw_vq, embed_text, stage_
 class StableCascadeDecoderPipeline(  # type: ignore[misc]
     HabitsMixin, FromFolderMixin, EncodePromptMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
-    """Semantic latents to pictures.
+    """Semantic latents to images.
 
     Args:
         decoder: Stage B's network.
         scheduler: sampled with shift 1; a DDPMWuerstchenScheduler is replaced by ours.
         vqgan: Stage A.
-        latent_dim_scale: Stage A's latents per semantic latent, as diffusers' configs have it; the size of a picture
+        latent_dim_scale: Stage A's latents per semantic latent, as diffusers' configs have it; the size of an image
             whose size is not given follows from it.
     """
 
@@ -72,14 +72,14 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
-        """Pictures of semantic latents, `num_images_per_prompt` of each in a row.
+        """Images of semantic latents, `num_images_per_prompt` of each in a row.
 
         Args:
             image_embeddings: semantic latents (B, 16, h, w), what the prior pipeline returns.
             prompt: one for all latents, or one each; without any, no text.
             prompt_embeds, negative_prompt_embeds: taken as in diffusers, beside the pooled ones, which alone are read.
-            height, width: of the picture; by default what the latents stand for.
-            image, mask_image: a picture, and white where it is drawn anew; the rest of it is kept.
+            height, width: of the image; by default what the latents stand for.
+            image, mask_image: an image, and white where it is drawn anew; the rest of it is kept.
             latents: the noise to start from, of Stage A's latents.
             output_type: `pil`, `np`, `pt`, or `latent` for Stage A's latents.
 
@@ -108,9 +108,9 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         text = embed_text(self, call, settings)
         semantic = semantic.repeat_interleave(num_images_per_prompt, dim=0).to(call.device)
         vq_latents = draw_vq(self, call, text, semantic, settings, latents=latents, on_step=on_step)
-        pictures = decode(self, call, vq_latents, output_type)
+        images = decode(self, call, vq_latents, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else pictures
+        return ImagePipelineOutput(images=images) if return_dict else images
 
 
 def semantic_batch(image_embeddings: Any) -> Tensor:
@@ -140,5 +140,5 @@ def _source(image: Any, mask_image: Any, height: int, width: int) -> Source:
 
 
 def _side(latents: int, multiple: float) -> int:
-    """The side of the picture that so many semantic latents stand for, a multiple of 8."""
+    """The side of the image that so many semantic latents stand for, a multiple of 8."""
     return max(64, round(latents * multiple / 8) * 8)

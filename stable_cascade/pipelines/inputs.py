@@ -28,7 +28,7 @@ def check_size(height: int, width: int) -> None:
             raise ValueError(f"{name} {side!r} is not a multiple of 8 from {SMALLEST_SIDE} up; nearest: {nearest}")
         if side > bounds.DRAWN_SIDE:
             raise ValueError(
-                f"{name} {side!r} is too large; pictures are drawn up to {bounds.DRAWN_SIDE:,} pixels a side"
+                f"{name} {side!r} is too large; images are drawn up to {bounds.DRAWN_SIDE:,} pixels a side"
             )
 
 
@@ -101,17 +101,17 @@ def resolve_generator(generator: Generator | Sequence[Generator] | None, images:
 
 
 def default_side(resolution_multiple: float) -> int:
-    """The side of a square picture that a cascade was trained on: 1024 px, or 64 px for the embedded one."""
+    """The side of a square image that a cascade was trained on: 1024 px, or 64 px for the embedded one."""
     return 1024 if resolution_multiple > 32 else 64
 
 
 def semantic_size(height: int, width: int, resolution_multiple: float) -> tuple[int, int]:
-    """Sides of the semantic latents of a picture."""
+    """Sides of the semantic latents of an image."""
     return math.ceil(height / resolution_multiple), math.ceil(width / resolution_multiple)
 
 
 def seen_size(height: int, width: int, multiple: float, stride: int) -> tuple[int, int]:
-    """Sides at which an encoder of that stride sees a picture, so that each latent is `multiple` pixels of it.
+    """Sides at which an encoder of that stride sees an image, so that each latent is `multiple` pixels of it.
 
     As released 32 of 42.67: three quarters.
     """
@@ -122,5 +122,5 @@ def seen_size(height: int, width: int, multiple: float, stride: int) -> tuple[in
 
 
 def vq_size(height: int, width: int, *, stride: int = 4, patch: int = 2) -> tuple[int, int]:
-    """Sides of Stage A's latents of a picture, rounded up to whole patches; the picture is cropped afterwards."""
+    """Sides of Stage A's latents of an image, rounded up to whole patches; the image is cropped afterwards."""
     return tuple(math.ceil(math.ceil(side / stride) / patch) * patch for side in (height, width))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What pipelines return, and pictures in the form that the caller asked for."""
+"""What pipelines return, and images in the form that the caller asked for."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def check_output_type(output_type: str, allowed: tuple[str, ...] = OUTPUT_TYPES)
         raise ValueError(f"output_type '{output_type}' is not one of {', '.join(allowed)}")
 
 
-def to_pictures(pixels: Tensor, output_type: str) -> Any:
-    """Pixels in [0, 1] as PIL pictures, a numpy array (B, H, W, 3) or the tensor itself."""
+def to_images(pixels: Tensor, output_type: str) -> Any:
+    """Pixels in [0, 1] as PIL images, a numpy array (B, H, W, 3) or the tensor itself."""
     pixels = pixels.float().clamp(0, 1)
     if output_type == "pt":
         return pixels
     array = pixels.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
-    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+    return [Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]
 
 
 def to_pixels(images: Any, name: str = "images") -> Tensor:
-    """One batch of float32 pixels in [0, 1] from a picture or several: PIL, arrays (H, W, 3), tensors (3, H, W).
+    """One batch of float32 pixels in [0, 1] from an image or several: PIL, arrays (H, W, 3), tensors (3, H, W).
 
     Shapes: -> (B, 3, H, W).
 
     Raises:
-        ValueError: something else, no picture at all, or pictures of different sizes.
+        ValueError: something else, no image at all, or images of different sizes.
     """
     if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
         images = [images]
     if not images:
-        raise ValueError(f"{name} is empty; give at least one picture")
-    pictures = [_pixels(image, name) for image in images]
-    sizes = {tuple(picture.shape[1:]) for picture in pictures}
+        raise ValueError(f"{name} is empty; give at least one image")
+    batch = [_pixels(image, name) for image in images]
+    sizes = {tuple(pixels.shape[1:]) for pixels in batch}
     for height, width in sizes:
         try:
             check_shape(width, height)
@@ -73,7 +73,7 @@ def to_pixels(images: Any, name: str = "images") -> Tensor:
             raise ValueError(f"{name}: {error}") from None
     if len(sizes) > 1:
         raise ValueError(f"{name} have different sizes {sorted(sizes)}; resize them or pass them one by one")
-    return torch.stack(pictures)
+    return torch.stack(batch)
 
 
 def _pixels(image: Any, name: str) -> Tensor:
@@ -84,7 +84,7 @@ def _pixels(image: Any, name: str) -> Tensor:
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3 and image.is_floating_point():
         return in_range(image.float(), name)
     what = f"{type(image).__name__} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
-    raise ValueError(f"{name} holds {what}; give PIL pictures, arrays (H, W, 3) or float tensors (3, H, W) in [0, 1]")
+    raise ValueError(f"{name} holds {what}; give PIL images, arrays (H, W, 3) or float tensors (3, H, W) in [0, 1]")
 
 
 def from_array(array: np.ndarray) -> Tensor:
@@ -97,7 +97,7 @@ def in_range(pixels: Tensor, name: str) -> Tensor:
     """The pixels.
 
     Raises:
-        ValueError: no pixels, or values far outside [0, 1], as of pictures normalised for a network.
+        ValueError: no pixels, or values far outside [0, 1], as of images normalised for a network.
     """
     low, high = (pixels.min().item(), pixels.max().item()) if pixels.numel() else (math.nan, math.nan)
     if not (low >= -0.1 and high <= 1.1):

@@ -1,4 +1,4 @@
-"""Stage C alone: text, and perhaps pictures, to semantic latents."""
+"""Stage C alone: text, and perhaps images, to semantic latents."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
     Args:
         prior: Stage C's network.
         scheduler: sampled with shift 2; a DDPMWuerstchenScheduler is replaced by ours.
-        resolution_multiple: pixels of the picture per semantic latent, 42.67 as released.
-        semantic_encoder: the image encoder of the cascade, for pictures to start from.
+        resolution_multiple: pixels of the image per semantic latent, 42.67 as released.
+        semantic_encoder: the image encoder of the cascade, for images to start from.
         controlnet: a `StableCascadeControlNet`, or a list of several.
     """
 
@@ -103,7 +103,7 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
         """Semantic latents for each prompt, `num_images_per_prompt` in a row.
 
         What is not said here is as in `StableCascadePipeline`; with a `mask_image` the decoder pipeline is given the
-        same two pictures, so that it keeps what they keep.
+        same two images, so that it keeps what they keep.
 
         Args:
             timesteps: falling times, the last one where the run ends, in place of `num_inference_steps` equal steps.
@@ -148,9 +148,9 @@ class StableCascadePriorPipeline(  # type: ignore[misc]
     def encode_image(
         self, images: Any, device: str | torch.device, dtype: torch.dtype, batch_size: int, num_images_per_prompt: int
     ) -> tuple[Tensor, Tensor]:
-        """CLIP's embeddings of the reference pictures, as the `image_embeds` of a call, and zeros of the same shape.
+        """CLIP's embeddings of the reference images, as the `image_embeds` of a call, and zeros of the same shape.
 
-        Shapes: n pictures -> twice (batch_size * num_images_per_prompt, n, D).
+        Shapes: n images -> twice (batch_size * num_images_per_prompt, n, D).
 
         Raises:
             ValueError: the pipeline has no image encoder.

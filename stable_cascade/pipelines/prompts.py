@@ -122,7 +122,7 @@ class PromptArguments:
         return len(self.prompts()) or len(self.prompt_embeds_pooled)  # type: ignore[arg-type]
 
     def for_count(self, count: int) -> PromptArguments:
-        """The same text, one prompt repeated for `count` pictures.
+        """The same text, one prompt repeated for `count` images.
 
         Raises:
             ValueError: neither one prompt nor `count` of them.
@@ -130,7 +130,7 @@ class PromptArguments:
         if self.count == count:
             return self
         if self.count != 1:
-            raise ValueError(f"prompt has {self.count} entries for {count} pictures; give one, or one per picture")
+            raise ValueError(f"prompt has {self.count} entries for {count} images; give one, or one per image")
         if self.prompt is not None:
             return replace(self, prompt=self.prompts() * count)
         given = (self.prompt_embeds, self.prompt_embeds_pooled)
@@ -240,9 +240,9 @@ def encode(
 
 
 def embed_images(images: Any, image_encoder: Any, device: torch.device, *, count: int) -> Tensor:
-    """CLIP's embeddings of the reference pictures, the same for every one of `count` images.
+    """CLIP's embeddings of the reference images, the same for every one of `count` images.
 
-    Shapes: n pictures -> (count, n, D).
+    Shapes: n images -> (count, n, D).
 
     Raises:
         ValueError: the pipeline has no image encoder.

@@ -1,4 +1,4 @@
-"""Pictures through the image encoder and back: what Stages B and A make of semantic latents that are right."""
+"""Images through the image encoder and back: what Stages B and A make of semantic latents that are right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .stages import (
     draw_vq,
     embed_text,
     encode_semantic,
-    preview_pictures,
+    preview_images,
     rough,
     stage_settings,
 )
@@ -34,12 +34,12 @@ MOST_COMPRESSION = 4
 
 
 class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilingMixin, DiffusionPipeline):  # type: ignore[misc]
-    """Pictures to semantic latents, and from them to pictures again.
+    """Images to semantic latents, and from them to images again.
 
     Args:
         semantic_encoder: the cascade's image encoder, `StableCascadeSemanticEncoder`.
-        previewer: for rough pictures instead of Stages B and A.
-        resolution_multiple: pixels of the picture per semantic latent, 42.67 as released, 10.67 embedded.
+        previewer: for rough images instead of Stages B and A.
+        resolution_multiple: pixels of the image per semantic latent, 42.67 as released, 10.67 embedded.
     """
 
     # A network makes room for the one after it alone: what every call runs comes last and without a gap.
@@ -72,9 +72,9 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
 
     @torch.no_grad()
     def encode(self, images: Any, compression: float | None = None) -> Tensor:
-        """Semantic latents of pictures, as many as the prior draws for their size.
+        """Semantic latents of images, as many as the prior draws for their size.
 
-        Shapes: B pictures -> (B, 16, ceil(H / compression), ceil(W / compression)).
+        Shapes: B images -> (B, 16, ceil(H / compression), ceil(W / compression)).
 
         Args:
             compression: pixels per latent, a side; see the call.
@@ -96,22 +96,22 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
         preview: bool = False, output_type: str = "pil", return_dict: bool = True,
         **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
-        """The pictures rebuilt, `num_images_per_prompt` times each.
+        """The images rebuilt, `num_images_per_prompt` times each.
 
         Args:
-            images: PIL pictures, arrays (H, W, 3) or tensors (3, H, W) in [0, 1], all of one size.
+            images: PIL images, arrays (H, W, 3) or tensors (3, H, W) in [0, 1], all of one size.
             prompt: what they show, one for all or one each; helps a little.
-            compression: pixels of the picture per semantic latent, a side: by default `resolution_multiple`, from the
-                image encoder's stride (32 as released, 8 embedded) to four times it. Less keeps more of the picture;
+            compression: pixels of the image per semantic latent, a side: by default `resolution_multiple`, from the
+                image encoder's stride (32 as released, 8 embedded) to four times it. Less keeps more of the image;
                 beyond twice the stride Stage B has seen nothing in training.
-            height, width: as in `StableCascadePipeline`: by default the pictures' own, in multiples of 8.
-            preview: rough pictures from the previewer, at its own size.
+            height, width: as in `StableCascadePipeline`: by default the images' own, in multiples of 8.
+            preview: rough images from the previewer, at its own size.
 
         Raises:
             ValueError: an argument that means nothing, in one line.
         """
         if images is None:
-            raise ValueError("images is missing; give the pictures to rebuild")
+            raise ValueError("images is missing; give the images to rebuild")
         source = read_source(images, None, 0.0, height, width, name="images")
         check_call(self, source, None, output_type, preview=preview)
         multiple = self._multiple(compression)
@@ -130,13 +130,13 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     @torch.no_grad()
-    def preview_pictures(self, clean: Tensor) -> list[Image.Image]:
-        """Rough pictures of semantic latents. Shapes: (B, 16, h, w) -> B pictures of 8 w x 8 h.
+    def preview_images(self, clean: Tensor) -> list[Image.Image]:
+        """Rough images of semantic latents. Shapes: (B, 16, h, w) -> B images of 8 w x 8 h.
 
         Raises:
             ValueError: the pipeline has no previewer, or these are no semantic latents.
         """
-        return preview_pictures(self.previewer, clean)
+        return preview_images(self.previewer, clean)
 
     def _multiple(self, compression: float | None) -> float:
         if compression is None:

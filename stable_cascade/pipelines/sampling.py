@@ -317,7 +317,7 @@ def sample_semantic(
     guide_prior: Any = None,
     **run: Any,
 ) -> Tensor:
-    """Stage C: semantic latents from text and, perhaps, embedded pictures.
+    """Stage C: semantic latents from text and, perhaps, embedded images.
 
     Shapes: noise (B, 16, h, w), image_embeds (B, n, D), image_weights (n,) -> (B, 16, h, w).
 
@@ -361,7 +361,7 @@ def decode_vq(vqgan: Any, vq_latents: Tensor, height: int, width: int) -> Tensor
 
 
 def encode_vq(vqgan: Any, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Stage A's latents of pictures as Stage B draws them, on a grid that may reach beyond their last pixels.
+    """Stage A's latents of images as Stage B draws them, on a grid that may reach beyond their last pixels.
 
     Shapes: (B, 3, H, W) in [0, 1] -> (B, 4, *size) float32.
     """
@@ -370,7 +370,7 @@ def encode_vq(vqgan: Any, pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad_to(pixels: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """Pictures made as large as a grid of latents covers, their last rows and columns repeated.
+    """Images made as large as a grid of latents covers, their last rows and columns repeated.
 
     Shapes: (B, C, H, W) -> (B, C, size[0] * stride, size[1] * stride).
     """
@@ -379,7 +379,7 @@ def pad_to(pixels: Tensor, size: tuple[int, int], stride: int) -> Tensor:
 
 
 def vq_noise_shape(decoder: Any, vqgan: Any, height: int, width: int) -> tuple[int, int, int]:
-    """Shape of one picture's noise for Stage B."""
+    """Shape of one image's noise for Stage B."""
     size = vq_size(height, width, stride=vqgan.stride, patch=decoder.config.patch_size)
     return (decoder.config.in_channels, *size)
 

@@ -1,4 +1,4 @@
-"""The picture that a call starts from: its size, which part of it is repainted, and how far it is noised."""
+"""The image that a call starts from: its size, which part of it is repainted, and how far it is noised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .inputs import SMALLEST_SIDE, check_size
 from .knobs import is_number, whole
-from .outputs import from_array, in_range, to_pictures, to_pixels
+from .outputs import from_array, in_range, to_images, to_pixels
 from .sampling import Settings
 
 STRENGTH = 0.75
@@ -22,9 +22,9 @@ STRENGTH = 0.75
 
 @dataclass(frozen=True)
 class Source:
-    """The size of the pictures to draw and, where one is given, the picture they start from.
+    """The size of the images to draw and, where one is given, the image they start from.
 
-    The mask is 1 where the picture is repainted and 0 where it is kept; between them the pixels are mixed.
+    The mask is 1 where the image is repainted and 0 where it is kept; between them the pixels are mixed.
 
     Shapes: pixels (n, 3, height, width), mask (1 or n, 1, height, width), both in [0, 1].
     """
@@ -42,7 +42,7 @@ class Source:
         return replace(self, pixels=pixels, mask=mask)
 
     def shortened(self, settings: Settings) -> Settings:
-        """The settings of a Stage C that starts from the picture, noised to the time `strength`.
+        """The settings of a Stage C that starts from the image, noised to the time `strength`.
 
         Raises:
             ValueError: the settings have times of their own.
@@ -68,7 +68,7 @@ class Source:
         return rows @ white @ columns.T > 0
 
     def pasted(self, pixels: Tensor) -> Tensor:
-        """Drawn pictures with the kept part of the picture over them. Shapes: (n, 3, height, width) -> the same."""
+        """Drawn images with the kept part of the image over them. Shapes: (n, 3, height, width) -> the same."""
         if self.pixels is None or self.mask is None:
             return pixels
         return torch.lerp(self.pixels.to(pixels), pixels, self.mask.to(pixels))
@@ -84,48 +84,46 @@ def read_source(
     side: int = SMALLEST_SIDE,
     name: str = "image",
 ) -> Source:
-    """What a call says about size and starting picture, checked.
+    """What a call says about size and starting image, checked.
 
-    Without `height` and `width` the picture decides: cropped around its middle to multiples of 8. With one of them the
-    other follows the picture's shape. A picture of another size is resized until it covers what is asked for, and
+    Without `height` and `width` the image decides: cropped around its middle to multiples of 8. With one of them the
+    other follows the image's shape. An image of another size is resized until it covers what is asked for, and
     cropped around its middle; the mask goes with it.
 
     Args:
         strength: by default 1 with a mask and 0.75 without.
-        side: of the square drawn where neither size nor picture is given.
+        side: of the square drawn where neither size nor image is given.
         name: of `image` in errors.
 
     Raises:
-        ValueError: no such size, strength or picture; mask or strength without a picture; a mask of another size.
+        ValueError: no such size, strength or image; mask or strength without an image; a mask of another size.
     """
     height, width = whole(height), whole(width)
     if image is None:
         for other, value in (("mask_image", mask_image), ("strength", strength)):
             if value is not None:
-                raise ValueError(f"{other} is given without image; give the picture to start from")
+                raise ValueError(f"{other} is given without image; give the image to start from")
         height, width = side if height is None else height, side if width is None else width
         check_size(height, width)
         return Source(height, width)
     if strength is None:
         strength = STRENGTH if mask_image is None else 1.0
     if not is_number(strength) or not 0 <= strength <= 1:
-        raise ValueError(f"strength {strength} is outside [0, 1]; 0 keeps the picture, 1 starts from noise alone")
+        raise ValueError(f"strength {strength} is outside [0, 1]; 0 keeps the image, 1 starts from noise alone")
     pixels = to_pixels(image, name)
     given = (height, width)
-    height, width = picture_size((pixels.shape[-2], pixels.shape[-1]), height, width, name)
+    height, width = image_size((pixels.shape[-2], pixels.shape[-1]), height, width, name)
     mask = None if mask_image is None else to_mask(mask_image, pixels)
     resize = given != (None, None)
     fitted = [None if part is None else fit(part, height, width, resize=resize) for part in (pixels, mask)]
     return Source(height, width, fitted[0], fitted[1], float(strength))
 
 
-def picture_size(
-    sides: tuple[int, int], height: int | None, width: int | None, name: str = "image"
-) -> tuple[int, int]:
-    """Height and width to draw for a picture: what is asked for, else its own, rounded down to multiples of 8.
+def image_size(sides: tuple[int, int], height: int | None, width: int | None, name: str = "image") -> tuple[int, int]:
+    """Height and width to draw for an image: what is asked for, else its own, rounded down to multiples of 8.
 
     Raises:
-        ValueError: a picture smaller than 64 pixels and no size, or a size that cannot be drawn.
+        ValueError: an image smaller than 64 pixels and no size, or a size that cannot be drawn.
     """
     if height is None and width is None:
         if min(sides) < SMALLEST_SIDE:
@@ -143,7 +141,7 @@ def picture_size(
 
 
 def fit(pixels: Tensor, height: int, width: int, *, resize: bool) -> Tensor:
-    """Pictures resized, where wanted, until they just cover a size, and cropped to it around their middle.
+    """Images resized, where wanted, until they just cover a size, and cropped to it around their middle.
 
     Shapes: (n, c, H, W) -> (n, c, height, width).
     """
@@ -157,12 +155,12 @@ def fit(pixels: Tensor, height: int, width: int, *, resize: bool) -> Tensor:
 
 
 def to_mask(masks: Any, pixels: Tensor) -> Tensor:
-    """Masks of pictures: PIL pictures (grey; what is transparent counts as black), arrays (H, W), tensors (1, H, W).
+    """Masks of images: PIL images (grey; what is transparent counts as black), arrays (H, W), tensors (1, H, W).
 
     Shapes: pixels (n, 3, H, W) -> (1 or n, 1, H, W) in [0, 1].
 
     Raises:
-        ValueError: something else, another size, or neither one mask nor one per picture.
+        ValueError: something else, another size, or neither one mask nor one per image.
     """
     if isinstance(masks, Tensor | np.ndarray) and masks.ndim == 4:
         masks = list(masks)
@@ -174,7 +172,7 @@ def to_mask(masks: Any, pixels: Tensor) -> Tensor:
             sizes = [" x ".join(map(str, sides[-2:])) for sides in (mask.shape, pixels.shape)]
             raise ValueError(f"mask_image is {sizes[0]} (height x width), image {sizes[1]}; make them the same size")
     if len(read) not in (1, len(pixels)):
-        raise ValueError(f"mask_image has {len(read)} masks for {len(pixels)} pictures; give one, or one per picture")
+        raise ValueError(f"mask_image has {len(read)} masks for {len(pixels)} images; give one, or one per image")
     return torch.stack(read)
 
 
@@ -191,11 +189,11 @@ def _mask(mask: Any) -> Tensor:
         if mask.ndim == 3 and len(mask) == 1:
             return in_range(mask.float(), "mask_image").clamp(0, 1)
     what = f"{type(mask).__name__} {tuple(mask.shape)}" if hasattr(mask, "shape") else type(mask).__name__
-    raise ValueError(f"mask_image holds {what}; give PIL pictures, arrays (H, W) or tensors (1, H, W) in [0, 1]")
+    raise ValueError(f"mask_image holds {what}; give PIL images, arrays (H, W) or tensors (1, H, W) in [0, 1]")
 
 
 def _follow(side: int | None, share: float) -> int:
-    """The other side of a picture of that shape, a multiple of 8."""
+    """The other side of an image of that shape, a multiple of 8."""
     return max(SMALLEST_SIDE, round(side * share / 8) * 8) if is_number(side) else SMALLEST_SIDE  # type: ignore[operator]
 
 
@@ -210,9 +208,9 @@ def _overlap(cells: int, side: int, length: float) -> Tensor:
 def outpaint(
     image: Any, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
 ) -> tuple[Image.Image, Image.Image]:
-    """The picture on a larger canvas, and the mask, white where the canvas is new: `image` and `mask_image` of a call.
+    """The image on a larger canvas, and the mask, white where the canvas is new: `image` and `mask_image` of a call.
 
-    The picture's border colours go on into the new area, so that what lies beside them is encoded without an edge.
+    The image's border colours go on into the new area, so that what lies beside them is encoded without an edge.
 
     Args:
         left, top, right, bottom: pixels to add on each side.
@@ -225,13 +223,13 @@ def outpaint(
         if not isinstance(margin, int) or isinstance(margin, bool) or margin < 0:
             raise ValueError(f"{name} {margin!r} is no number of pixels from 0 up")
     if not any(margins.values()):
-        raise ValueError("left, top, right and bottom are all 0; say by how many pixels the picture grows")
-    picture = np.asarray(to_pictures(to_pixels(image, "image")[:1], "pil")[0])
+        raise ValueError("left, top, right and bottom are all 0; say by how many pixels the image grows")
+    pixels = np.asarray(to_images(to_pixels(image, "image")[:1], "pil")[0])
     for side, names, length in (("width", "left + right", left + right), ("height", "top + bottom", top + bottom)):
-        _check_side(side, picture.shape[1 if side == "width" else 0], names, length)
+        _check_side(side, pixels.shape[1 if side == "width" else 0], names, length)
     pads = ((top, bottom), (left, right))
-    canvas = np.pad(picture, (*pads, (0, 0)), mode="edge")
-    mask = np.pad(np.zeros(picture.shape[:2], np.uint8), pads, constant_values=255)
+    canvas = np.pad(pixels, (*pads, (0, 0)), mode="edge")
+    mask = np.pad(np.zeros(pixels.shape[:2], np.uint8), pads, constant_values=255)
     return Image.fromarray(canvas), Image.fromarray(mask)
 
 
@@ -240,6 +238,6 @@ def _check_side(side: str, length: int, names: str, margin: int) -> None:
     if total % 8 or total < SMALLEST_SIDE:
         nearest = max(SMALLEST_SIDE, round(total / 8) * 8, -(-length // 8) * 8)
         raise ValueError(
-            f"{side} {total} ({length} of the picture, {names} {margin}) is no multiple of 8 from {SMALLEST_SIDE} up; "
+            f"{side} {total} ({length} of the image, {names} {margin}) is no multiple of 8 from {SMALLEST_SIDE} up; "
             f"nearest: {names} = {nearest - length}"
         )

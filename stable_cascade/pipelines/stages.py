@@ -1,4 +1,4 @@
-"""The three stages as the pipelines run them: what a call says about text, size and pictures meets the networks."""
+"""The three stages as the pipelines run them: what a call says about text, size and images meets the networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .inputs import (
     semantic_size,
 )
 from .knobs import checked, is_number, whole
-from .outputs import check_output_type, to_pictures
+from .outputs import check_output_type, to_images
 from .prompts import PromptArguments, embed_images, encode
 from .sampling import (
     Kept,
@@ -54,17 +54,17 @@ class Call:
 
 
 def begin(pipeline: Any, source: Source, arguments: PromptArguments, copies: int, generator: Any) -> Call:
-    """A call of `copies` images per prompt; one prompt is repeated where there are several starting pictures.
+    """A call of `copies` images per prompt; one prompt is repeated where there are several starting images.
 
     Raises:
-        ValueError: neither one picture nor one per prompt, a number of copies or generators that means nothing.
+        ValueError: neither one image nor one per prompt, a number of copies or generators that means nothing.
     """
     copies = whole(copies)
     check_count(copies)
     _check_networks(pipeline, arguments)
-    pictures = 1 if source.pixels is None else len(source.pixels)
-    if pictures not in (1, arguments.count):
-        arguments = arguments.for_count(pictures)
+    images = 1 if source.pixels is None else len(source.pixels)
+    if images not in (1, arguments.count):
+        arguments = arguments.for_count(images)
     count, device = arguments.count * copies, pipeline._execution_device
     generators = resolve_generator(generator, count)
     return Call(arguments, source.repeated(count), count, generators, device, pipeline.progress_bar)
@@ -155,7 +155,7 @@ def check_guide(prior: Any, guide_prior: Any, call: Call) -> None:
 
 
 def control_size(pipeline: Any, height: int, width: int) -> tuple[tuple[int, int], int]:
-    """Sides of a picture as image encoder and ControlNets see it, for a drawing of that size, and their stride.
+    """Sides of an image as image encoder and ControlNets see it, for a drawing of that size, and their stride.
 
     Raises:
         ValueError: no size that can be drawn.
@@ -167,7 +167,7 @@ def control_size(pipeline: Any, height: int, width: int) -> tuple[tuple[int, int
 
 
 def encode_semantic(semantic_encoder: Any, pixels: Tensor, multiple: float) -> Tensor:
-    """Semantic latents of pictures, each of `multiple` of their pixels a side.
+    """Semantic latents of images, each of `multiple` of their pixels a side.
 
     The encoder looks at them at its stride by `multiple` of their size: as released at three quarters.
 
@@ -246,30 +246,28 @@ def draw_vq(
 
 
 def decode(pipeline: Any, call: Call, vq_latents: Tensor, output_type: str) -> Any:
-    """Stage A: the pictures in the form that was asked for, with what a mask keeps over them."""
+    """Stage A: the images in the form that was asked for, with what a mask keeps over them."""
     if output_type == "latent":
         return vq_latents
     pixels = decode_vq(pipeline.vqgan, vq_latents, call.source.height, call.source.width)
-    return to_pictures(call.source.pasted(pixels), output_type)
+    return to_images(call.source.pasted(pixels), output_type)
 
 
 def rough(previewer: Any, semantic_latents: Tensor, output_type: str) -> Any:
-    """The previewer's pictures at its own size, or the latents where they are asked for.
+    """The previewer's images at its own size, or the latents where they are asked for.
 
     Shapes: (B, 16, h, w) -> (B, 3, 8 h, 8 w).
     """
-    return semantic_latents if output_type == "latent" else to_pictures(previewer(semantic_latents), output_type)
+    return semantic_latents if output_type == "latent" else to_images(previewer(semantic_latents), output_type)
 
 
-def preview_pictures(previewer: Any, semantic_latents: Any) -> list[Image.Image]:
-    """Rough PIL pictures of semantic latents. Shapes: (B, 16, h, w) -> B pictures of 8 w x 8 h."""
+def preview_images(previewer: Any, semantic_latents: Any) -> list[Image.Image]:
+    """Rough PIL images of semantic latents. Shapes: (B, 16, h, w) -> B images of 8 w x 8 h."""
     if previewer is None:
-        raise ValueError("preview_pictures needs a previewer, and this pipeline has none; load it with previewer=…")
+        raise ValueError("preview_images needs a previewer, and this pipeline has none; load it with previewer=…")
     channels, shape = previewer.config.in_channels, tuple(getattr(semantic_latents, "shape", ()))
     if len(shape) != 4 or shape[1] != channels:
-        raise ValueError(
-            f"preview_pictures takes semantic latents (B, {channels}, h, w), not {shape}; Stage C has them"
-        )
+        raise ValueError(f"preview_images takes semantic latents (B, {channels}, h, w), not {shape}; Stage C has them")
     return rough(previewer, semantic_latents.to(previewer.device), "pil")
 
 
@@ -309,12 +307,12 @@ def step_callback(
 def image_conditions(
     image_encoder: Any, images: Any, image_embeds: Tensor | None, weights: Sequence[float] | None, call: Call
 ) -> Tensor | None:
-    """Embedded reference pictures, one row per image to draw; None without any. The weights are only checked.
+    """Embedded reference images, one row per image to draw; None without any. The weights are only checked.
 
-    Shapes: n pictures, or embeddings (n, D), (1, n, D) or (count, n, D) -> (count, n, D).
+    Shapes: n images, or embeddings (n, D), (1, n, D) or (count, n, D) -> (count, n, D).
 
     Raises:
-        ValueError: pictures and embeddings are both given, a wrong number of rows, or of weights.
+        ValueError: images and embeddings are both given, a wrong number of rows, or of weights.
     """
     check_references(images, image_embeds, weights, count=call.count)
     if images is not None:
@@ -329,22 +327,22 @@ def check_references(images: Any, image_embeds: Tensor | None, weights: Sequence
     """Raises ValueError for what `image_conditions` refuses, before anything is embedded."""
     if images is not None and image_embeds is not None:
         raise ValueError("images and image_embeds are both given; give one of them")
-    pictures = 0
+    references = 0
     if images is not None:
         batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
-        pictures = len(images) if batch else 1
-        if not pictures:
-            raise ValueError("images is empty; give at least one picture, or leave it out")
+        references = len(images) if batch else 1
+        if not references:
+            raise ValueError("images is empty; give at least one image, or leave it out")
     if image_embeds is not None:
         if image_embeds.ndim not in (2, 3):
             raise ValueError(f"image_embeds have shape {tuple(image_embeds.shape)}; give (n, D) or (images, n, D)")
         if image_embeds.ndim == 3 and len(image_embeds) not in (1, count):
             raise ValueError(f"image_embeds has {len(image_embeds)} rows for {count} images; give 1, or one per image")
-        pictures = image_embeds.shape[-2]
+        references = image_embeds.shape[-2]
     if weights is None:
         return
-    if len(weights) != pictures:
-        raise ValueError(f"image_weights has {len(weights)} entries for {pictures} pictures; give one for each")
+    if len(weights) != references:
+        raise ValueError(f"image_weights has {len(weights)} entries for {references} images; give one for each")
     for weight in weights:
         if not is_number(weight):
-            raise ValueError(f"image_weights holds {weight!r}; give finite numbers, 1 for a picture as it is")
+            raise ValueError(f"image_weights holds {weight!r}; give finite numbers, 1 for an image as it is")

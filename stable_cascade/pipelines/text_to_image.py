@@ -1,4 +1,4 @@
-"""The whole cascade: text, and what else a picture may start from or follow, to pictures."""
+"""The whole cascade: text, and what else an image may start from or follow, to images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .stages import (
     draw_vq,
     embed_text,
     image_conditions,
-    preview_pictures,
+    preview_images,
     rough,
     stage_settings,
     step_callback,
@@ -42,20 +42,20 @@ from .stages import (
 class StableCascadePipeline(  # type: ignore[misc]
     HabitsMixin, FromFolderMixin, EncodePromptMixin, VAETilingMixin, DiffusionPipeline, StableCascadeLoraLoaderMixin
 ):
-    """Text to pictures through all three stages, or to rough pictures through the previewer.
+    """Text to images through all three stages, or to rough images through the previewer.
 
-    What is drawn is a matter of arguments, and they combine: a text (`prompt`), pictures that it should resemble
-    (`images`), a picture to start from (`image`, `strength`), to fill in or to extend (`mask_image`), a control image
+    What is drawn is a matter of arguments, and they combine: a text (`prompt`), images that it should resemble
+    (`images`), an image to start from (`image`, `strength`), to fill in or to extend (`mask_image`), a control image
     to follow (`control_image`).
 
     Args:
         prior, prior_scheduler: Stage C, sampled with shift 2.
         decoder, scheduler: Stage B, sampled with shift 1.
         vqgan: Stage A.
-        image_encoder: CLIP's, for reference pictures; `feature_extractor` is kept for folders that have one.
-        semantic_encoder: the image encoder of the cascade, for pictures to start from.
+        image_encoder: CLIP's, for reference images; `feature_extractor` is kept for folders that have one.
+        semantic_encoder: the image encoder of the cascade, for images to start from.
         controlnet: a `StableCascadeControlNet`, or a list of several, which becomes `StableCascadeMultiControlNet`.
-        resolution_multiple: pixels of the picture per semantic latent, 42.67 as released, 10.67 embedded.
+        resolution_multiple: pixels of the image per semantic latent, 42.67 as released, 10.67 embedded.
     """
 
     # A network makes room for the one after it alone: what every call runs comes last and without a gap.
@@ -126,26 +126,26 @@ class StableCascadePipeline(  # type: ignore[misc]
         guide_prior: Any = None,
         **sampling: Unpack[Sampling],
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
-        """Pictures for each prompt, `num_images_per_prompt` in a row.
+        """Images for each prompt, `num_images_per_prompt` in a row.
 
         Args:
-            images: reference pictures for CLIP, all of them shown for every prompt; or `image_embeds`, (n, D).
-            image_weights: how much each reference picture counts: 1 as it is, 0 like none, between and beyond in
+            images: reference images for CLIP, all of them shown for every prompt; or `image_embeds`, (n, D).
+            image_weights: how much each reference image counts: 1 as it is, 0 like none, between and beyond in
                 proportion.
-            height, width: of the picture, multiples of 8 from 64 up; by default those of `image`, rounded down to
-                that around its middle. A picture of another size is resized to cover it, and cropped.
-            image: picture to start from, one for all prompts or one each; PIL, array (H, W, 3), tensor (3, H, W).
+            height, width: of the image, multiples of 8 from 64 up; by default those of `image`, rounded down to
+                that around its middle. An image of another size is resized to cover it, and cropped.
+            image: image to start from, one for all prompts or one each; PIL, array (H, W, 3), tensor (3, H, W).
             strength: how far `image` is noised: 0 rebuilds it, 1 starts from noise alone; 0.75, with a mask 1.
             mask_image: white where `image` is repainted, black where it is kept; every latent that the white touches
                 is drawn anew, and the kept pixels are pasted at the end.
-            control_image: what the ControlNet's filter makes of a picture, best at `control_size(height, width)`, to
+            control_image: what the ControlNet's filter makes of an image, best at `control_size(height, width)`, to
                 which others are resized; one for all, one per prompt or one per image, with several ControlNets a list
                 with that of each.
             controlnet_conditioning_scale: factor of the residuals; as the next two, one or a list for several.
             control_guidance_start, control_guidance_end: part of Stage C's steps in which a ControlNet acts.
             generator: one for the batch, or one per image, which then looks the same alone or among others.
             latents: Stage C's noise to start from.
-            preview: rough pictures from the previewer, without Stages B and A, at the previewer's own size.
+            preview: rough images from the previewer, without Stages B and A, at the previewer's own size.
             output_type: `pil`, `np`, `pt`, or `latent` for Stage A's latents (Stage C's in a preview).
             guide_prior: a worse prior (a smaller one, an early checkpoint) on the same device: Stage C is guided away
                 from its prediction, instead of from that without text (autoguidance).
@@ -207,22 +207,22 @@ class StableCascadePipeline(  # type: ignore[misc]
         return StableCascadeDecoderPipeline.from_pipe(self)
 
     @torch.no_grad()
-    def preview_pictures(self, clean: Tensor) -> list[Image.Image]:
-        """Rough pictures of semantic latents, for callbacks that show how a drawing grows.
+    def preview_images(self, clean: Tensor) -> list[Image.Image]:
+        """Rough images of semantic latents, for callbacks that show how a drawing grows.
 
         `prior_callback_on_step_end_tensor_inputs=["clean"]` gives a callback the latents.
 
-        Shapes: (B, 16, h, w) -> B pictures of 8 w x 8 h.
+        Shapes: (B, 16, h, w) -> B images of 8 w x 8 h.
 
         Raises:
             ValueError: the pipeline has no previewer, or these are no semantic latents.
         """
-        return preview_pictures(self.previewer, clean)
+        return preview_images(self.previewer, clean)
 
     def control_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width at which a ControlNet saw the pictures of this size in training: three quarters of them.
+        """Height and width at which a ControlNet saw the images of this size in training: three quarters of them.
 
-        A filter that is given a picture of that size makes the control image that fits best.
+        A filter that is given an image of that size makes the control image that fits best.
         """
         side = default_side(self.config["resolution_multiple"])
         return control_size(self, side if height is None else height, side if width is None else width)[0]

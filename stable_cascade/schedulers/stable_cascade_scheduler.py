@@ -41,7 +41,7 @@ class StableCascadeSchedulerOutput(BaseOutput):
 class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Turns predictions into samples as the original does; loads a DDPMWuerstchenScheduler's config or its own.
 
-    `timesteps` holds one point more than there are steps, from noise to clean. A picture is the last step's
+    `timesteps` holds one point more than there are steps, from noise to clean. An image is the last step's
     `pred_original_sample`. The state stays float32 whatever the network's dtype:
 
         scheduler = StableCascadeScheduler(shift=2.0)
@@ -199,7 +199,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> StableCascadeSchedulerOutput | tuple[Tensor, Tensor]:
         """One step from `timestep` to the next point of `timesteps`.
 
-        With a list of generators picture i depends on generator i alone; a single generator draws for the whole batch;
+        With a list of generators image i depends on generator i alone; a single generator draws for the whole batch;
         none means torch's default generator, as in diffusers. Nothing is drawn by DDIM with eta 0.
 
         Shapes: (B, ...), scalar or (B,), (B, ...) -> two of (B, ...), float32 or float64.

@@ -103,9 +103,9 @@ def prior_previews(
             ("one step", show(guess, captions)),
         ]
         if image is not None:
-            from stable_cascade.controls import control_picture
+            from stable_cascade.controls import view_control
 
-            rows.append(("control", control_picture(image)))
+            rows.append(("control", view_control(image)))
         rows.append(("samples", draw(model)))
         if ema is not None:
             with averaged(model, ema):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .optimizers import build_optimizer, learning_rate_share
     from .run import TrainResult
     from .sheets import preview_sheet
-    from .tracking import check_launch, make_accelerator, picture_folder
+    from .tracking import check_launch, image_folder, make_accelerator
 
 __all__ = [
     "MovingAverage",
@@ -21,9 +21,9 @@ __all__ = [
     "averaged",
     "build_optimizer",
     "check_launch",
+    "image_folder",
     "learning_rate_share",
     "make_accelerator",
-    "picture_folder",
     "preview_sheet",
     "seeded",
     "train",

@@ -125,7 +125,7 @@ def read_checkpoint(
 
     Raises:
         DamagedError: a file is missing or damaged.
-        ValueError: keys that the weights depend on have other values, or the pictures are others and the config does
+        ValueError: keys that the weights depend on have other values, or the images are others and the config does
             not allow it.
     """
     record = _read_record(folder)
@@ -228,7 +228,7 @@ def _instead(folder: Path) -> str:
 
 
 def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> bool:
-    """Whether both sets of pictures are known, and so the same; where they are is then of no importance.
+    """Whether both sets of images are known, and so the same; where they are is then of no importance.
 
     Raises:
         ValueError: they differ.
@@ -239,10 +239,10 @@ def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: M
         return True
     if saved["samples"] != current["samples"]:
         told = f"{saved['samples']:,} samples then, {current['samples']:,} now"
-    elif saved["pictures"] != current["pictures"]:
-        told = "other pictures among them"
+    elif saved["images"] != current["images"]:
+        told = "other images among them"
     elif saved["order"] != current["order"]:
-        told = "the same pictures in another order; name the shards as before"
+        told = "the same images in another order; name the shards as before"
     else:
         told = "other captions or masks"
     gone = sorted(set(saved["some"].values()) - set(current["some"].values()))

@@ -69,7 +69,7 @@ def train(
     """
     run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn, learning_rate, data)
     alone = held(run.folder) if accelerator.is_main_process else contextlib.nullcontext()
-    with SharedFailure(accelerator), named_if_full(run.pictures), alone:
+    with SharedFailure(accelerator), named_if_full(run.images), alone:
         run.restore()
         if run.step >= config.updates:
             accelerator.print(f"{config.experiment_id}: all {config.updates} steps are done already")

@@ -305,8 +305,8 @@ def _write_samples(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str,
     (folder / SAMPLES).mkdir(exist_ok=True)
     shutil.copyfile(sheets[-1], folder / SAMPLES / "sheet.png")
     written = [(f"{SAMPLES}/sheet.png", "")]
-    pictures = sheet_images(sheets[-1])
-    last = [found for found in pictures if found.row == pictures[-1].row]
+    images = sheet_images(sheets[-1])
+    last = [found for found in images if found.row == images[-1].row]
     for number, found in enumerate(last):
         name = f"{SAMPLES}/{number:02}.png"
         found.image.save(folder / name)

@@ -112,9 +112,9 @@ def plot_spans(spans: Sequence[Span], path: Path) -> Path:
     values = [value for span in spans for _, value in span.points if value > 0 and math.isfinite(value)]
     if not values:
         raise ValueError(f"{path.name}: no loss was logged by noise level")
-    picture = Image.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), "white")
+    image = Image.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), "white")
     font = ImageFont.load_default(size=12 * SCALE)
-    axes = _Axes(ImageDraw.Draw(picture), font, *_limits(values))
+    axes = _Axes(ImageDraw.Draw(image), font, *_limits(values))
     axes.frame()
     for number, span in enumerate(spans):
         share = 1.0 if len(spans) == 1 else number / (len(spans) - 1)
@@ -122,7 +122,7 @@ def plot_spans(spans: Sequence[Span], path: Path) -> Path:
         axes.curve([point for point in span.points if point[1] > 0 and math.isfinite(point[1])], colour)
         axes.text(SIZE[0] - RIGHT + 14, TOP + 8 + 18 * number, f"steps {span.first}-{span.last}", colour)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(SIZE, Image.Resampling.LANCZOS).save(path)
+    image.resize(SIZE, Image.Resampling.LANCZOS).save(path)
     return path
 
 

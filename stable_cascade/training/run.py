@@ -121,7 +121,7 @@ class Run:
         self.checkpoint: Path | None = None
         self.window: list[Tensor] = []
         self.noise_levels = LossByNoiseLevel()
-        self.pictures = tracking.picture_folder(config)
+        self.images = tracking.image_folder(config)
         self.folder = folders.run_folder(config)
 
     def restore(self) -> None:
@@ -144,7 +144,7 @@ class Run:
                 self.accelerator.print(f"passed over: {error}")
         self.progress = tracking.Progress(self.config, self.step, shown=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            self.log_file = tracking.LogFile(self.pictures, self.step)
+            self.log_file = tracking.LogFile(self.images, self.step)
 
     def _load(self, folder: Path) -> None:
         """Put the contents of a checkpoint in place."""
@@ -285,15 +285,15 @@ class Run:
     def preview(self, whole: Whole) -> None:
         """Draw the preview sheets, with the networks in evaluation mode and back in training mode after it."""
         if self.accelerator.is_main_process:
-            self.pictures.mkdir(parents=True, exist_ok=True)
+            self.images.mkdir(parents=True, exist_ok=True)
             whole.model.to(self.accelerator.device).eval()
             # A sheet is too few steps for graphs of its own, those of evaluation, to pay.
             plain = as_written() if self.config.compile else contextlib.nullcontext()
             with torch.no_grad(), torch.random.fork_rng(), plain:
-                drawn = self.preview_fn(self.pictures, whole.model, self.step, whole.ema)
+                drawn = self.preview_fn(self.images, whole.model, self.step, whole.ema)
             whole.model.train()
             shown = [*(Path(path) for path in drawn or ()), *tracking.draw_noise_levels(self.log_file)]
-            tracking.log_pictures(self.accelerator, shown, self.step)
+            tracking.log_images(self.accelerator, shown, self.step)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainResult:

@@ -47,7 +47,7 @@ def make_accelerator(config: TrainingSettings, **options: Any) -> Any:
         raise ValueError(NO_DEEPSPEED)
     names = trackers_of(config)
     try:
-        return Accelerator(log_with=names or None, project_dir=str(picture_folder(config)), **options)
+        return Accelerator(log_with=names or None, project_dir=str(image_folder(config)), **options)
     except RuntimeError as error:
         if "no available devices" not in str(error):
             raise
@@ -76,7 +76,7 @@ def trackers_of(config: TrainingSettings) -> list[str]:
     return names
 
 
-def picture_folder(config: TrainingSettings) -> Path:
+def image_folder(config: TrainingSettings) -> Path:
     """The folder of the run's previews and logs."""
     return Path(config.output_path) / config.experiment_id
 
@@ -136,14 +136,14 @@ def start_trackers(config: TrainingSettings, accelerator: Any, run: str) -> None
         "entity": config.wandb_entity,
         "id": run,
         "resume": "allow",
-        "dir": str(picture_folder(config)),
+        "dir": str(image_folder(config)),
     }
     if config.tracker in ("wandb", "all") and not _logged_in():
         accelerator.print(
             "Weights & Biases: not logged in, so the run is logged offline (`wandb sync` uploads it later)"
         )
         wandb["mode"] = "offline"
-    picture_folder(config).mkdir(parents=True, exist_ok=True)
+    image_folder(config).mkdir(parents=True, exist_ok=True)
     plain = {
         key: value if isinstance(value, (int, float, bool)) else str(value)
         for key, value in redacted(asdict(config)).items()
@@ -176,11 +176,11 @@ def _logged_in() -> bool:
         return False
 
 
-def log_pictures(accelerator: Any, pictures: Sequence[Path], step: int) -> None:
-    """Send preview sheets and plots to the trackers: each as an image, and the sheets' pictures as a table."""
+def log_images(accelerator: Any, images: Sequence[Path], step: int) -> None:
+    """Send preview sheets and plots to the trackers: each as an image, and the sheets' images as a table."""
     from PIL import Image
 
-    for path in pictures if accelerator.trackers else ():
+    for path in images if accelerator.trackers else ():
         name = _series(path)
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -193,7 +193,7 @@ def log_pictures(accelerator: Any, pictures: Sequence[Path], step: int) -> None:
 
 
 def _series(path: Path) -> str:
-    """The name under which a picture of every step appears: `step-00000100.png` is one of the series `previews`."""
+    """The name under which an image of every step appears: `step-00000100.png` is one of the series `previews`."""
     name = re.sub(r"-?step-\d+-?", "", path.stem)
     return name if not path.stem.startswith("step-") else f"previews/{name}".rstrip("/")
 
@@ -206,12 +206,12 @@ def _log_to_tensorboard(tracker: Any, name: str, image: Any, step: int) -> None:
 
 
 def _log_table(tracker: Any, name: str, path: Path, step: int) -> None:
-    """The pictures of one sheet, each a line with its prompt."""
+    """The images of one sheet, each a line with its prompt."""
     import wandb
 
     lines = [[step, found.caption, found.row, wandb.Image(found.image)] for found in sheet_images(path)]
     if lines:
-        tracker.log_table(name, columns=["step", "prompt", "row", "picture"], data=lines, step=step)
+        tracker.log_table(name, columns=["step", "prompt", "row", "image"], data=lines, step=step)
 
 
 def draw_noise_levels(log: LogFile) -> list[Path]:

@@ -1,4 +1,4 @@
-"""RGB pictures of control images, for previews."""
+"""RGB images of control images, for previews."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 MASK_COLOUR = (0.85, 0.2, 0.55)
 
 
-def control_picture(control: Tensor) -> Tensor:
-    """A picture of any control image.
+def view_control(control: Tensor) -> Tensor:
+    """An image of any control image.
 
-    One channel is grey, three are RGB. Four are a picture and a mask, whose area is tinted. Others, latents and
-    vectors of faces, are projected on three colours, grey where they are zero, each picture with its own scale.
+    One channel is grey, three are RGB. Four are an image and a mask, whose area is tinted. Others, latents and
+    vectors of faces, are projected on three colours, grey where they are zero, each image with its own scale.
 
     Shapes: (B, C, h, w) -> (B, 3, h, w) float32 in [0, 1].
 

@@ -1,4 +1,4 @@
-"""Damaged pictures through everything that reads pictures: trainings, drawings and their records, filters."""
+"""Damaged images through everything that reads images: trainings, drawings and their records, filters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.fuzzing import Surface
 from tests.fuzzing_folders import mutated_json
-from tests.fuzzing_images import mutated_picture, png_with_text, warm
+from tests.fuzzing_images import mutated_image, png_with_text, warm
 
 CONTROL_SIZES = (1, 2, 3, 5, 7, 8, 9, 16, 31, 64, 100, 257, 1000, 20_000)
 FILTERS = ("CannyFilter", "SoftEdgeFilter", "SRPixelFilter", "InpaintFilter", "QRFilter", "IdentityFilter")
@@ -28,13 +28,13 @@ def write(folder: Path, name: str, data: bytes) -> Path:
     return path
 
 
-def make_picture(rng: random.Random, folder: Path) -> tuple[str, Path]:
-    kind, extension, data = mutated_picture(rng)
-    return kind, write(folder, f"picture.{extension}", data)
+def make_image(rng: random.Random, folder: Path) -> tuple[str, Path]:
+    kind, extension, data = mutated_image(rng)
+    return kind, write(folder, f"image.{extension}", data)
 
 
-def _use_picture_bytes(path: Path) -> None:
-    """What trainings read: sizes first, then whole pictures and masks."""
+def _use_image_bytes(path: Path) -> None:
+    """What trainings read: sizes first, then whole images and masks."""
     from stable_cascade.data.image_headers import plain_size
     from stable_cascade.data.images import decode_mask, decode_stored, image_size, in_unit_range
 
@@ -47,13 +47,13 @@ def _use_picture_bytes(path: Path) -> None:
     decode_mask(data)
 
 
-def _use_picture(path: Path) -> None:
-    from stable_cascade.drawing.pictures import read_picture
+def _use_image(path: Path) -> None:
+    from stable_cascade.drawing.images import read_image
 
-    picture = read_picture(path)
-    assert picture.mode == "RGB"
-    assert min(picture.size) > 0
-    read_picture(path, mode="L", paper="black", largest=1.0)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    assert min(image.size) > 0
+    read_image(path, mode="L", paper="black", largest=1.0)
 
 
 def _make_drawing(rng: random.Random, folder: Path) -> tuple[str, Path]:
@@ -89,7 +89,7 @@ def _use_drawing(path: Path) -> None:
 
 
 def _make_control(rng: random.Random, folder: Path) -> tuple[str, Path]:
-    """A picture of any shape, and a filter with any settings; the file holds their description."""
+    """An image of any shape, and a filter with any settings; the file holds their description."""
     filling = rng.choice(["zeros", "ones", "noise", "nan", "inf", "beyond"])
     small = rng.choice([1, 2, 5, 8, 64])
     height, width = rng.choice([(small, rng.choice(CONTROL_SIZES)), (rng.choice(CONTROL_SIZES), small), (257, 300)])
@@ -116,8 +116,8 @@ def _use_control(path: Path) -> None:
 
 
 SURFACES = (
-    Surface("picture bytes", make_picture, _use_picture_bytes, warm, names_file=False),
-    Surface("drawing picture", make_picture, _use_picture, warm),
+    Surface("image bytes", make_image, _use_image_bytes, warm, names_file=False),
+    Surface("drawing image", make_image, _use_image, warm),
     Surface("drawing record", _make_drawing, _use_drawing, _drawing_text),
-    Surface("control picture", _make_control, _use_control, lambda: __import__("cv2"), names_file=False),
+    Surface("control image", _make_control, _use_control, lambda: __import__("cv2"), names_file=False),
 )

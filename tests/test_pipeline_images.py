@@ -1,4 +1,4 @@
-"""Drawing from a picture, around a mask, and after reference pictures: laws, then values."""
+"""Drawing from an image, around a mask, and after reference images: laws, then values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny_pipelines import (
     decoder_pipeline,
     embedded,
     emojis,
-    pictures,
+    images,
     prior_pipeline,
     reconstruction_pipeline,
     right_half,
@@ -31,11 +31,11 @@ from tests.tiny_pipelines import (
 
 
 def test_strength_0_is_the_reconstruction_bit_by_bit(pipeline):
-    images = pictures(2)
+    photos = images(2)
     for generator in (lambda: seeds(1, 2), lambda: seeds(3)[0]):
-        drawn = pipeline(["red dog", "snail"], image=images, strength=0, generator=generator(), **FAST).images
+        drawn = pipeline(["red dog", "snail"], image=photos, strength=0, generator=generator(), **FAST).images
         rebuilt = reconstruction_pipeline()(
-            images, ["red dog", "snail"], num_inference_steps=2, generator=generator(), output_type="pt"
+            photos, ["red dog", "snail"], num_inference_steps=2, generator=generator(), output_type="pt"
         ).images
         assert torch.equal(drawn, rebuilt)
 
@@ -43,7 +43,7 @@ def test_strength_0_is_the_reconstruction_bit_by_bit(pipeline):
 def test_strength_1_is_text_to_image_bit_by_bit(pipeline):
     for generator in (lambda: seeds(1, 2), lambda: seeds(3)[0]):
         prompts = ["red dog", "snail"]
-        drawn = pipeline(prompts, image=pictures(2), strength=1, generator=generator(), **FAST).images
+        drawn = pipeline(prompts, image=images(2), strength=1, generator=generator(), **FAST).images
         assert torch.equal(drawn, pipeline(prompts, height=64, width=64, generator=generator(), **FAST).images)
 
 
@@ -52,16 +52,16 @@ def test_strength_1_is_text_to_image_bit_by_bit(pipeline):
 ])  # fmt: skip
 def test_strength_is_the_start_and_the_share_of_the_steps(pipeline, strength, times):
     assert times == times_of(lambda told: pipeline(
-        "red dog", image=pictures(), strength=strength, generator=seeds(0), prior_callback_on_step_end=told, **FOUR
+        "red dog", image=images(), strength=strength, generator=seeds(0), prior_callback_on_step_end=told, **FOUR
     ))  # fmt: skip
 
 
-def test_the_picture_is_noised_with_the_shift_of_the_sampling(pipeline):
+def test_the_image_is_noised_with_the_shift_of_the_sampling(pipeline):
     first = []
     hook = PARTS["prior"].register_forward_pre_hook(lambda module, args: first.append(args[0]))
-    pipeline("red dog", image=pictures(), strength=0.5, prior_guidance_scale=1.0, generator=seeds(4)[0], **FOUR)
+    pipeline("red dog", image=images(), strength=0.5, prior_guidance_scale=1.0, generator=seeds(4)[0], **FOUR)
     hook.remove()
-    clean = encode_semantic(PARTS["semantic_encoder"], pictures(), MULTIPLE)
+    clean = encode_semantic(PARTS["semantic_encoder"], images(), MULTIPLE)
     noise = torch.randn(clean.shape, generator=seeds(4)[0])
     # The cosine schedule at t = 0.5, in signal and noise, moved by a shift of 2.
     variance = (torch.tensor((0.008 + 0.5) / 1.008 * torch.pi / 2).cos() ** 2
@@ -70,16 +70,16 @@ def test_the_picture_is_noised_with_the_shift_of_the_sampling(pipeline):
     torch.testing.assert_close(first[0], share.sqrt() * clean + (1 - share).sqrt() * noise, atol=1e-5, rtol=1e-5)
 
 
-def test_a_picture_for_all_prompts_or_a_prompt_for_all_pictures(pipeline):
-    images = pictures(2)
-    drawn = pipeline("red dog", image=images, generator=seeds(1, 2), **FAST).images
-    assert drawn.shape == images.shape
-    one = pipeline(["red dog", "snail"], image=to_pil(images[0]), generator=seeds(1, 2), **FAST).images
+def test_an_image_for_all_prompts_or_a_prompt_for_all_images(pipeline):
+    photos = images(2)
+    drawn = pipeline("red dog", image=photos, generator=seeds(1, 2), **FAST).images
+    assert drawn.shape == photos.shape
+    one = pipeline(["red dog", "snail"], image=to_pil(photos[0]), generator=seeds(1, 2), **FAST).images
     torch.testing.assert_close(one[0], drawn[0], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(one[1], drawn[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("picture, asked, drawn", [
+@pytest.mark.parametrize("image, asked, drawn", [
     ((64, 72), (None, None), (64, 72)),
     ((71, 133), (None, None), (64, 128)),
     ((64, 128), (128, None), (128, 256)),
@@ -87,22 +87,22 @@ def test_a_picture_for_all_prompts_or_a_prompt_for_all_pictures(pipeline):
     ((64, 64), (72, 104), (72, 104)),
     ((30, 40), (64, 88), (64, 88)),
 ])  # fmt: skip
-def test_the_picture_decides_the_size_unless_one_is_given(picture, asked, drawn):
-    source = read_source(pictures(1, *picture), torch.ones(*picture), 0.5, *asked)
+def test_the_image_decides_the_size_unless_one_is_given(image, asked, drawn):
+    source = read_source(images(1, *image), torch.ones(*image), 0.5, *asked)
     assert (source.height, source.width) == drawn
     assert source.pixels.shape == (1, 3, *drawn)
     assert source.mask.shape == (1, 1, *drawn)
     torch.testing.assert_close(source.mask, torch.ones(1, 1, *drawn))
 
 
-def test_a_picture_is_cropped_around_its_middle_and_otherwise_left_alone():
-    picture = pictures(1, 70, 64)
-    assert torch.equal(read_source(picture, None, 0.5, None, None).pixels, picture[..., 3:67, :])
-    assert torch.equal(read_source(picture[..., :64, :], None, 0.5, 64, 64).pixels, picture[..., :64, :])
+def test_an_image_is_cropped_around_its_middle_and_otherwise_left_alone():
+    image = images(1, 70, 64)
+    assert torch.equal(read_source(image, None, 0.5, None, None).pixels, image[..., 3:67, :])
+    assert torch.equal(read_source(image[..., :64, :], None, 0.5, 64, 64).pixels, image[..., :64, :])
 
 
 def distances(pipeline, images: torch.Tensor, strengths, **call) -> list[float]:
-    """Of the drawn pictures, or their semantic latents, to the input, by strength."""
+    """Of the drawn images, or their semantic latents, to the input, by strength."""
     if call["output_type"] == "latent":
         images, start = encode_semantic(pipeline.semantic_encoder, images, pipeline.config.resolution_multiple), images
     else:
@@ -125,7 +125,7 @@ def test_distance_to_the_input_rises_with_the_strength():
 
 @pytest.mark.slow
 def test_distance_to_the_input_rises_with_every_tenth_of_the_strength():
-    """Without fresh noise in the steps: at strengths near 1 nothing is left of the picture but the noise's own."""
+    """Without fresh noise in the steps: at strengths near 1 nothing is left of the image but the noise's own."""
     pipeline, images, tenths = embedded(sampler="ddim"), emojis(24), [tenth / 10 for tenth in range(11)]
     found = distances(pipeline, images, tenths, preview=True, output_type="latent")
     assert found == sorted(found), found
@@ -133,8 +133,8 @@ def test_distance_to_the_input_rises_with_every_tenth_of_the_strength():
     assert found == sorted(found), found
 
 
-def test_black_keeps_the_picture_and_white_is_image_to_image(pipeline):
-    image = pictures()
+def test_black_keeps_the_image_and_white_is_image_to_image(pipeline):
+    image = images()
     call = {"prompt": "red dog", "image": image, "generator": seeds(1), **FAST}
     assert torch.equal(pipeline(**call, mask_image=torch.zeros(64, 64)).images, image)
     for strength in (0.5, 1):
@@ -144,19 +144,19 @@ def test_black_keeps_the_picture_and_white_is_image_to_image(pipeline):
         assert torch.equal(pipeline(**call | {"generator": seeds(1)}, mask_image=white).images, plain)
 
 
-def test_kept_pixels_are_the_pictures_and_the_others_are_not(pipeline):
-    image, mask = pictures(), right_half()
+def test_kept_pixels_are_the_images_and_the_others_are_not(pipeline):
+    image, mask = images(), right_half()
     drawn = pipeline("red dog", image=image, mask_image=mask, generator=seeds(1), **FAST).images
     assert torch.equal(drawn[..., :32], image[..., :32])
     assert (drawn[..., 32:] - image[..., 32:]).abs().mean() > 0.02
-    picture = to_pil(image[0])
-    pil = pipeline("red dog", image=picture, mask_image=to_pil(mask[0].expand(3, -1, -1)), generator=seeds(1),
+    photo = to_pil(image[0])
+    pil = pipeline("red dog", image=photo, mask_image=to_pil(mask[0].expand(3, -1, -1)), generator=seeds(1),
                    **FAST | {"output_type": "pil"}).images[0]  # fmt: skip
-    assert np.array_equal(np.asarray(pil)[:, :32], np.asarray(picture)[:, :32])
+    assert np.array_equal(np.asarray(pil)[:, :32], np.asarray(photo)[:, :32])
 
 
-def test_both_stages_keep_the_pictures_latents(pipeline):
-    image, mask = pictures(1, 64, 96), right_half(64, 96)
+def test_both_stages_keep_the_images_latents(pipeline):
+    image, mask = images(1, 64, 96), right_half(64, 96)
     call = {"prompt": "red dog", "image": image, "mask_image": mask, "generator": seeds(1)}
     semantic = prior_pipeline()(**call, num_inference_steps=2).image_embeddings
     clean = encode_semantic(PARTS["semantic_encoder"], image, MULTIPLE)
@@ -171,7 +171,7 @@ def test_both_stages_keep_the_pictures_latents(pipeline):
 
 
 def test_kept_latents_are_noised_to_the_time_of_the_next_step():
-    states, image = [], pictures()
+    states, image = [], images()
     scheduler = PARTS["prior_scheduler"]
     prior_pipeline()(
         "red dog", image=image, mask_image=right_half(), num_inference_steps=4, generator=seeds(5)[0],
@@ -191,7 +191,7 @@ def test_kept_latents_are_noised_to_the_time_of_the_next_step():
 def test_every_latent_that_the_mask_touches_is_repainted(pixels, rows):
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., slice(*pixels), 5] = 1
-    touched = Source(64, 64, pictures(), mask).repainted((6, 6), (32 / 3, 32 / 3))[0, 0]
+    touched = Source(64, 64, images(), mask).repainted((6, 6), (32 / 3, 32 / 3))[0, 0]
     assert touched.nonzero().tolist() == [[row, 0] for row in rows]
 
 
@@ -202,7 +202,7 @@ def test_grey_mixes_the_pixels():
 
 
 def test_two_stages_apart_keep_the_same(pipeline):
-    given = {"image": pictures(), "mask_image": right_half()}
+    given = {"image": images(), "mask_image": right_half()}
     generator = seeds(4)
     semantic = prior_pipeline()("red dog", **given, num_inference_steps=2, generator=generator).image_embeddings
     drawn = decoder_pipeline()(semantic, "red dog", 2, **given, generator=generator, output_type="pt").images
@@ -210,29 +210,29 @@ def test_two_stages_apart_keep_the_same(pipeline):
 
 
 def test_outpainting_adds_a_border_to_paint():
-    picture = to_pil(pictures(1, 64, 80)[0])
-    canvas, mask = outpaint(picture, left=8, top=16, bottom=8)
+    image = to_pil(images(1, 64, 80)[0])
+    canvas, mask = outpaint(image, left=8, top=16, bottom=8)
     assert (canvas.size, mask.size, mask.mode) == ((88, 88), (88, 88), "L")
-    assert np.array_equal(np.asarray(canvas)[16:80, 8:], np.asarray(picture))
+    assert np.array_equal(np.asarray(canvas)[16:80, 8:], np.asarray(image))
     white = np.asarray(mask) == 255
     assert not white[16:80, 8:].any()
     assert white.sum() == 88 * 88 - 64 * 80
-    assert np.array_equal(np.asarray(canvas)[:16, 8:], np.repeat(np.asarray(picture)[:1], 16, axis=0))
+    assert np.array_equal(np.asarray(canvas)[:16, 8:], np.repeat(np.asarray(image)[:1], 16, axis=0))
 
 
 @pytest.mark.parametrize("margins, message", [
     ({}, "are all 0"),
     ({"left": -8}, "left -8 is no number"),
-    ({"right": 12}, r"width 76 \(64 of the picture, left \+ right 12\) .* nearest: left \+ right = 16"),
+    ({"right": 12}, r"width 76 \(64 of the image, left \+ right 12\) .* nearest: left \+ right = 16"),
     ({"top": 8.0}, "top 8.0"),
 ])  # fmt: skip
 def test_outpainting_refuses(margins, message):
     with pytest.raises(ValueError, match=message):
-        outpaint(to_pil(pictures()[0]), **margins)
+        outpaint(to_pil(images()[0]), **margins)
 
 
-def test_weights_of_reference_pictures(pipeline):
-    pair = list(pictures(2, 40, 48))
+def test_weights_of_reference_images(pipeline):
+    pair = list(images(2, 40, 48))
 
     def drawn(**given):
         return pipeline("red dog", generator=seeds(1), **given, **FAST).images
@@ -248,7 +248,7 @@ def test_weights_of_reference_pictures(pipeline):
     assert not torch.allclose(drawn(images=pair, image_weights=[1.5, 0.3]), weighted, atol=1e-3)
 
 
-def test_a_weight_moves_the_image_tokens_from_those_of_no_picture_to_their_own():
+def test_a_weight_moves_the_image_tokens_from_those_of_no_image_to_their_own():
     prior, generator = PARTS["prior"], seeds(3)[0]
     pooled, text = torch.randn(1, 32, generator=generator), torch.randn(1, 5, 32, generator=generator)
     image = torch.randn(1, 2, 24, generator=generator)

@@ -1,4 +1,4 @@
-"""A folder of pictures and captions: which file is a picture, and which texts belong to it."""
+"""A folder of images and captions: which file is an image, and which texts belong to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_cascade.disk import open_file, read_file, read_text
 from stable_cascade.wording import brief, quoted
 
 from .captions import check_caption, json_object, text_of
-from .images import IMAGE_EXTENSIONS, looks_like_picture
+from .images import IMAGE_EXTENSIONS, looks_like_image
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "captions.csv")
 CAPTION_KEYS = ("text", "caption")
@@ -23,13 +23,13 @@ CAPTION_KEYS = ("text", "caption")
 MASK = ".mask"
 """What the name of a mask ends with, before its extension."""
 
-_NO_PICTURES = (".txt", ".json", ".jsonl", ".csv", ".tar", ".md", ".yaml", ".safetensors")
+_NO_IMAGES = (".txt", ".json", ".jsonl", ".csv", ".tar", ".md", ".yaml", ".safetensors")
 _FILE_KEYS = ("file_name", "filename", "file")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture file and the texts that belong to it."""
+class Image:
+    """An image file and the texts that belong to it."""
 
     key: str
     path: Path
@@ -39,16 +39,16 @@ class Picture:
     fault: str = ""
 
 
-def pictures_in(root: Path, target: Path) -> tuple[list[Picture], tuple[str, ...]]:
-    """Every picture under `root`, in the order of its path, with a key of its own; lines about what is left out."""
+def images_in(root: Path, target: Path) -> tuple[list[Image], tuple[str, ...]]:
+    """Every image under `root`, in the order of its path, with a key of its own; lines about what is left out."""
     hidden: list[Path] = []
     files = list(_files(root, target, hidden))
     rows = _metadata(root, files)
-    pictures: list[Picture] = []
+    images: list[Image] = []
     keys: set[str] = set()
     texts = _Texts(files)
-    found = [path for path in files if _is_picture(path, texts, path.relative_to(root).as_posix() in rows)]
-    texts.pictures = {path.with_suffix("") for path in found}
+    found = [path for path in files if _is_image(path, texts, path.relative_to(root).as_posix() in rows)]
+    texts.images = {path.with_suffix("") for path in found}
     masks = {path.with_suffix(""): path for path in found if path.stem.lower().endswith(MASK)}
     used: set[Path] = set()
     for path in found:
@@ -61,29 +61,29 @@ def pictures_in(root: Path, target: Path) -> tuple[list[Picture], tuple[str, ...
         key = _key(relative, keys)
         keys.add(key)
         try:
-            pictures.append(Picture(key, path, *_texts(path, texts, rows.pop(relative, {})), mask))
+            images.append(Image(key, path, *_texts(path, texts, rows.pop(relative, {})), mask))
         except ValueError as error:
-            pictures.append(Picture(key, path, "", {}, mask, str(error)))
+            images.append(Image(key, path, "", {}, mask, str(error)))
     alone = [path for path in masks.values() if path not in used]
     if alone:
         raise ValueError(
-            f"{len(alone):,} masks have no picture beside them, for example {alone[0]}; the mask of cat.jpg is "
+            f"{len(alone):,} masks have no image beside them, for example {alone[0]}; the mask of cat.jpg is "
             "cat.mask.png"
         )
-    if not pictures:
-        raise ValueError(f"{str(root)!r} holds no pictures (.{', .'.join(IMAGE_EXTENSIONS[:4])}, …)")
+    if not images:
+        raise ValueError(f"{str(root)!r} holds no images (.{', .'.join(IMAGE_EXTENSIONS[:4])}, …)")
     if rows:
         raise ValueError(
-            f"the metadata in {str(root)!r} names {len(rows):,} pictures that do not exist, for example "
+            f"the metadata in {str(root)!r} names {len(rows):,} images that do not exist, for example "
             f"{next(iter(rows))!r}; file_name is relative to the metadata file"
         )
-    return pictures, _notes(root, [path for path in files if path not in texts.used], hidden)
+    return images, _notes(root, [path for path in files if path not in texts.used], hidden)
 
 
 def _notes(root: Path, unused: Sequence[Path], hidden: Sequence[Path]) -> tuple[str, ...]:
-    """What is left out beside the pictures, one line for each kind."""
+    """What is left out beside the images, one line for each kind."""
     kinds = {
-        "texts have no picture beside them": [path for path in unused if path.suffix.lower() in (".txt", ".json")],
+        "texts have no image beside them": [path for path in unused if path.suffix.lower() in (".txt", ".json")],
         "files and folders are hidden, their names begin with a dot": hidden,
     }
     return tuple(
@@ -94,22 +94,22 @@ def _notes(root: Path, unused: Sequence[Path], hidden: Sequence[Path]) -> tuple[
 
 
 class _Texts:
-    """The files that lie beside pictures, found by the picture's name, in whatever case their own are written."""
+    """The files that lie beside images, found by the image's name, in whatever case their own are written."""
 
     def __init__(self, files: Sequence[Path]):
-        self.pictures: set[Path] = set()
+        self.images: set[Path] = set()
         """Paths without their suffix."""
         self.used: set[Path] = set()
         self.named: dict[tuple[Path, str], list[Path]] = {}
         for path in files:
             self.named.setdefault((path.parent, path.name.lower()), []).append(path)
 
-    def beside(self, picture: Path, suffix: str) -> Path | None:
-        """The file of this suffix: of the very same name, else one that no other picture has the name of."""
-        stem = picture.with_suffix("")
-        found = self.named.get((picture.parent, f"{picture.stem.lower()}{suffix}"), [])
+    def beside(self, image: Path, suffix: str) -> Path | None:
+        """The file of this suffix: of the very same name, else one that no other image has the name of."""
+        stem = image.with_suffix("")
+        found = self.named.get((image.parent, f"{image.stem.lower()}{suffix}"), [])
         free = [path for path in found if path.with_suffix("") == stem]
-        free += [path for path in found if path.with_suffix("") not in self.pictures]
+        free += [path for path in found if path.with_suffix("") not in self.images]
         self.used.update(free[:1])
         return free[0] if free else None
 
@@ -133,25 +133,25 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") and not name.startswith("._") and name not in (".DS_Store", ".git", ".gitattributes")
 
 
-def _is_picture(path: Path, texts: _Texts, named: bool) -> bool:
-    """Whether a file is a picture by its name or its bytes, or meant to be one: a caption lies beside it or names it.
+def _is_image(path: Path, texts: _Texts, named: bool) -> bool:
+    """Whether a file is an image by its name or its bytes, or meant to be one: a caption lies beside it or names it.
 
     What is meant to be one and cannot be read is told later, with the reason.
     """
     if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
         return True
-    if path.suffix.lower() in _NO_PICTURES or path.name.lower() in METADATA_FILES:
+    if path.suffix.lower() in _NO_IMAGES or path.name.lower() in METADATA_FILES:
         return False
     if named or (path.parent, f"{path.stem.lower()}.txt") in texts.named:
         return True
     if not path.is_file():
         return False
     with open_file(path, at_most=bounds.MEMBER_END) as file:
-        return looks_like_picture(file.read(32))
+        return looks_like_image(file.read(32))
 
 
 def _key(relative: str, taken: set[str]) -> str:
-    """The path without its extension; dots would end a key early, and two pictures may share a name."""
+    """The path without its extension; dots would end a key early, and two images may share a name."""
     stem = relative.rsplit(".", 1)[0].replace(".", "_")
     key, number = stem, 2
     while key in taken:
@@ -163,7 +163,7 @@ def _texts(path: Path, texts: _Texts, row: Mapping[str, Any]) -> tuple[str | Non
     """(caption or None, the JSON's and the row's other values).
 
     Raises:
-        ValueError: a text or JSON beside the picture cannot be read.
+        ValueError: a text or JSON beside the image cannot be read.
     """
     text, description = texts.beside(path, ".txt"), texts.beside(path, ".json")
     extra: dict[str, Any] = {}
@@ -181,10 +181,10 @@ def _texts(path: Path, texts: _Texts, row: Mapping[str, Any]) -> tuple[str | Non
 
 
 def _metadata(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The rows of all metadata files, by the picture's path relative to `root`.
+    """The rows of all metadata files, by the image's path relative to `root`.
 
     Raises:
-        ValueError: a file cannot be read, a row names no picture, or two give one picture different captions.
+        ValueError: a file cannot be read, a row names no image, or two give one image different captions.
     """
     rows: dict[str, dict[str, Any]] = {}
     for name in METADATA_FILES:
@@ -199,7 +199,7 @@ def _metadata(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 if other:
                     raise ValueError(
                         f"{str(path)!r} row {number} gives {file!r} another {other[0]} than a row before; keep one "
-                        "row for each picture"
+                        "row for each image"
                     )
                 known.update(row)
     return rows

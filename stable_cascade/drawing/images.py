@@ -1,4 +1,4 @@
-"""Picture files from anywhere, decoded within bounds; what cannot be read is one line; and PSNR."""
+"""Image files from anywhere, decoded within bounds; what cannot be read is one line; and PSNR."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from stable_cascade.wording import brief, quoted
 
 logger = logging.getLogger(__name__)
 
-LARGEST_PICTURE = 64.0
+LARGEST_IMAGE = 64.0
 """Megapixels that are decoded; a photograph has 12 to 60."""
 
 
-def read_picture(
+def read_image(
     source: str | os.PathLike[str] | bytes,
     *,
     mode: str | None = "RGB",
     paper: str = "white",
-    largest: float = LARGEST_PICTURE,
+    largest: float = LARGEST_IMAGE,
 ) -> Image.Image:
-    """The picture of a file, upright; the first frame of an animation, which the log says.
+    """The image of a file, upright; the first frame of an animation, which the log says.
 
     Args:
         source: a path, or the file's bytes.
@@ -38,7 +38,7 @@ def read_picture(
         largest: megapixels that are allowed; the size is read before any pixel is decoded.
 
     Raises:
-        ValueError: no such file, no picture, a damaged one, or one that is too large.
+        ValueError: no such file, no image, a damaged one, or one that is too large.
     """
     name, opened = _opened(source)
     try:
@@ -55,7 +55,7 @@ def read_picture(
         raise ValueError(f"{name} has more than {largest:g} megapixels; shrink it first") from None
     except Image.UnidentifiedImageError:
         known = ", ".join(readable_formats())
-        raise ValueError(f"{name} is no picture that can be read; give one of {known}") from None
+        raise ValueError(f"{name} is no image that can be read; give one of {known}") from None
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {brief(error)}") from None
     except Exception as error:  # Pillow's plugins raise anything on damaged files
@@ -65,14 +65,14 @@ def read_picture(
 
 
 def _opened(source: str | os.PathLike[str] | bytes) -> tuple[str, IO[bytes]]:
-    """What to call the picture in errors, and its bytes as a file."""
+    """What to call the image in errors, and its bytes as a file."""
     if isinstance(source, bytes):
-        return "the picture", io.BytesIO(source)
+        return "the image", io.BytesIO(source)
     path = local_path(source)
-    name = f"picture {quoted(path)}"
+    name = f"image {quoted(path)}"
     if not path.exists() or path.is_dir():
-        raise ValueError(f"{name} {'is a folder' if path.is_dir() else 'does not exist'}; give a picture file")
-    return name, open_file(path, at_most=bounds.IMAGE_FILE, what="picture")
+        raise ValueError(f"{name} {'is a folder' if path.is_dir() else 'does not exist'}; give an image file")
+    return name, open_file(path, at_most=bounds.IMAGE_FILE, what="image")
 
 
 def _check_pixels(name: str, size: tuple[int, int], largest: float) -> None:
@@ -91,14 +91,14 @@ def _check_pixels(name: str, size: tuple[int, int], largest: float) -> None:
 
 
 def in_mode(image: Image.Image, mode: str | None = "RGB", paper: str = "white") -> Image.Image:
-    """The picture upright and in `mode`; 16 bits of grey are scaled down, where Pillow itself would clip them.
+    """The image upright and in `mode`; 16 bits of grey are scaled down, where Pillow itself would clip them.
 
     Raises:
         ValueError: its values have no defined range.
     """
     image = upright(image)
     if image.mode == "F":
-        raise ValueError("32-bit float pictures have no defined range; save it with 8 or 16 bits")
+        raise ValueError("32-bit float images have no defined range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(255 * wide_grey(image)).astype(np.uint8))
     transparent = has_alpha(image)
@@ -107,15 +107,15 @@ def in_mode(image: Image.Image, mode: str | None = "RGB", paper: str = "white") 
     image = to_srgb(image.convert("RGBA") if transparent else image)
     if transparent and mode != "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
-    picture = image.convert(mode)
-    picture.info.clear()
-    return picture
+    image = image.convert(mode)
+    image.info.clear()
+    return image
 
 
-def decibels(picture: Image.Image, original: Image.Image) -> float:
-    """PSNR of a picture, with its original resized to it where they differ; 120 for the same."""
+def decibels(image: Image.Image, original: Image.Image) -> float:
+    """PSNR of an image, with its original resized to it where they differ; 120 for the same."""
     from stable_cascade.objectives.vqgan import psnr
     from stable_cascade.pipelines.outputs import to_pixels
 
-    original = original if original.size == picture.size else original.resize(picture.size)
-    return psnr(to_pixels(picture), to_pixels(original)).item()
+    original = original if original.size == image.size else original.resize(image.size)
+    return psnr(to_pixels(image), to_pixels(original)).item()

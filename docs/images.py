@@ -1,6 +1,6 @@
-"""Draws the pictures of the pages into docs/images/ with the embedded cascade: `make docs-pictures`.
+"""Draws the images of the pages into docs/images/ with the embedded cascade: `make docs-images`.
 
-Pictures of 64 pixels are shown three times as large, pixel by pixel, so that nothing is hidden. Input pictures are
+Images of 64 pixels are shown three times as large, pixel by pixel, so that nothing is hidden. Input images are
 held-out ones of examples/embedded/held_out_200.webp, which no network was trained on, or drawn by the cascade.
 """
 
@@ -28,20 +28,18 @@ Cell = tuple[str, Image.Image]
 
 
 def sheet(name: str, rows: Sequence[Sequence[Cell]]) -> None:
-    """Writes rows of labelled pictures, each enlarged, as one PNG of few colours."""
-    cells = [(label, picture.convert("RGB")) for row in rows for label, picture in row]
+    """Writes rows of labelled images, each enlarged, as one PNG of few colours."""
+    cells = [(label, image.convert("RGB")) for row in rows for label, image in row]
     labelled = any(label for label, _ in cells)
     font = ImageFont.load_default(13)
-    widths = [sum(picture.width * ZOOM + GAP for _, picture in row) - GAP for row in rows]
-    heights = [max(picture.height for _, picture in row) * ZOOM + (LABEL if labelled else 0) + GAP for row in rows]
+    widths = [sum(image.width * ZOOM + GAP for _, image in row) - GAP for row in rows]
+    heights = [max(image.height for _, image in row) * ZOOM + (LABEL if labelled else 0) + GAP for row in rows]
     paper = Image.new("RGB", (max(widths), sum(heights) - GAP), "white")
     pen, top = ImageDraw.Draw(paper), 0
     for row, height in zip(rows, heights, strict=True):
         left = 0
-        for label, picture in row:
-            large = picture.convert("RGB").resize(
-                (picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST
-            )
+        for label, image in row:
+            large = image.convert("RGB").resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)
             paper.paste(large, (left, top))
             pen.rectangle((left, top, left + large.width - 1, top + large.height - 1), outline=(214, 214, 220))
             middle = (left + large.width // 2, top + height - GAP - LABEL // 2)
@@ -53,7 +51,7 @@ def sheet(name: str, rows: Sequence[Sequence[Cell]]) -> None:
 
 
 def held_out(key: str) -> Image.Image:
-    """One picture that no network was trained on."""
+    """One image that no network was trained on."""
     keys = [line.split("\t")[0] for line in HELD_OUT.with_suffix(".txt").read_text(encoding="utf-8").splitlines()]
     place = keys.index(key)
     with Image.open(HELD_OUT) as mosaic:
@@ -62,7 +60,7 @@ def held_out(key: str) -> Image.Image:
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:
-    """A generator per picture."""
+    """A generator per image."""
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
@@ -70,27 +68,27 @@ def text_to_image(pipeline: Any) -> None:
     """Eight prompts."""
     names = ("red apple, flat style", "panda, flat style", "rocket, flat style", "sunflower, flat style",
              "snail, noto style", "castle, noto style", "owl, noto style", "fire, noto style")  # fmt: skip
-    pictures = pipeline(list(names), generator=seeds(*range(8))).images
-    cells = list(zip(names, pictures, strict=True))
+    images = pipeline(list(names), generator=seeds(*range(8))).images
+    cells = list(zip(names, images, strict=True))
     sheet("text_to_image", [cells[:4], cells[4:]])
 
 
 def variation(pipeline: Any) -> None:
-    """Reference pictures, and what is drawn from them alone."""
+    """Reference images, and what is drawn from them alone."""
     rows = []
     for prompt in ("strawberry, flat style", "cat face, flat style"):
         reference = pipeline(prompt, generator=seeds(0)).images[0]
         drawn = pipeline("", images=reference, num_images_per_prompt=4, generator=seeds(0, 1, 2, 3)).images
-        rows.append([("reference", reference), *((f"seed {seed}", picture) for seed, picture in enumerate(drawn))])
+        rows.append([("reference", reference), *((f"seed {seed}", image) for seed, image in enumerate(drawn))])
     sheet("variation", rows)
 
 
 def img2img(pipeline: Any) -> None:
-    """Two pictures at growing strength."""
+    """Two images at growing strength."""
     rows = []
     for key, prompt in (("hot_pepper-flat-0", "carrot, flat style"), ("running_shoe-flat-0", "top hat, flat style")):
         photo = held_out(key)
-        rows.append([("picture", photo)])
+        rows.append([("image", photo)])
         for strength in (0, 0.05, 0.1, 0.2, 0.3, 1):
             drawn = pipeline(prompt, image=photo, strength=float(strength), generator=seeds(5)).images[0]
             rows[-1].append((f"{prompt.split(',')[0]}, {strength:g}", drawn))
@@ -98,11 +96,11 @@ def img2img(pipeline: Any) -> None:
 
 
 def inpaint(pipeline: Any) -> None:
-    """A picture, a mask, and the repainted picture with two prompts."""
+    """An image, a mask, and the repainted image with two prompts."""
     photo = pipeline("dog face, flat style", generator=seeds(0)).images[0]
     mask = Image.new("L", photo.size, 0)
     ImageDraw.Draw(mask).rectangle((0, 32, 63, 63), fill=255)
-    cells = [("picture", photo), ("mask", mask)]
+    cells = [("image", photo), ("mask", mask)]
     for prompt in ("lion, flat style", "red apple, flat style"):
         drawn = pipeline(prompt, image=photo, mask_image=mask, generator=seeds(1)).images[0]
         cells.append((prompt, drawn))
@@ -110,11 +108,11 @@ def inpaint(pipeline: Any) -> None:
 
 
 def outpainting(pipeline: Any) -> None:
-    """A part of a picture, and the picture around it."""
+    """A part of an image, and the image around it."""
     photo = pipeline("rainbow, flat style", generator=seeds(0)).images[0].crop((0, 0, 40, 64))
     canvas, mask = outpaint(photo, left=0, top=0, right=24, bottom=0)
     drawn = pipeline("rainbow, flat style", image=canvas, mask_image=mask, generator=seeds(3)).images[0]
-    sheet("outpaint", [[("picture", photo), ("canvas", canvas), ("mask", mask), ("painted around", drawn)]])
+    sheet("outpaint", [[("image", photo), ("canvas", canvas), ("mask", mask), ("painted around", drawn)]])
 
 
 def prompts(pipeline: Any) -> None:
@@ -135,17 +133,17 @@ def prompts(pipeline: Any) -> None:
 
 
 def reconstruction(pipeline: Any) -> None:
-    """Held-out pictures beside what comes back, and one at several compressions."""
+    """Held-out images beside what comes back, and one at several compressions."""
     keys = ("hot_pepper-flat-0", "open_mailbox_with_raised_flag-flat-0", "bubble_tea-noto-0")
-    pictures = [held_out(key) for key in keys]
-    rebuilt = pipeline(pictures, generator=seeds(0, 1, 2)).images
+    images = [held_out(key) for key in keys]
+    rebuilt = pipeline(images, generator=seeds(0, 1, 2)).images
     pairs = [
-        cell for pair in zip(pictures, rebuilt, strict=True) for cell in zip(("picture", "rebuilt"), pair, strict=True)
+        cell for pair in zip(images, rebuilt, strict=True) for cell in zip(("image", "rebuilt"), pair, strict=True)
     ]
     sheet("reconstruction", [pairs])
-    cells = [("picture", pictures[2])]
+    cells = [("image", images[2])]
     for latents in (7, 6, 5, 4, 2):
-        drawn = pipeline(pictures[2], compression=SIDE / latents, generator=seeds(0)).images[0]
+        drawn = pipeline(images[2], compression=SIDE / latents, generator=seeds(0)).images[0]
         cells.append((f"{latents} x {latents} latents", drawn))
     sheet("compression", [cells])
 
