@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stable_cascade.models.presets import PRESETS
+from stable_cascade.files.presets import PRESETS
 
 from .measure import Row
 from .scale import Scale
@@ -26,7 +26,7 @@ import torch
 from benchmarks.measure import memory
 from diffusers.models import StableCascadeUNet
 from stable_cascade import StableCascadePrior
-from stable_cascade.models.presets import PRESETS
+from stable_cascade.files.presets import PRESETS
 path, who = sys.argv[1:]
 before = memory()
 start = time.perf_counter()
@@ -67,7 +67,7 @@ def write_prior(file: Path) -> None:
 
     from stable_cascade import StableCascadePrior
     from stable_cascade.files import to_original
-    from stable_cascade.models.loading import on_meta
+    from stable_cascade.files.loading import on_meta
 
     network = on_meta(StableCascadePrior, PRESETS["prior"]["1B"])
     shapes = {name: value.shape for name, value in network.state_dict().items()}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stable_cascade.compilation import expect_many_sizes
-from stable_cascade.models.presets import PRESETS
+from stable_cascade.files.presets import PRESETS
 from stable_cascade.models.unet import NO_SPLIT
 
 from .measure import Row, in_turns, seconds

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stable_cascade.models.presets import PRESETS
+from stable_cascade.files.presets import PRESETS
 
 WIDTH, HEADS = 704, 11
 PRIOR: dict[str, Any] = PRESETS["prior"]["3.6B"] | {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stable_cascade.models.presets import PRESETS
+from stable_cascade.files.presets import PRESETS
 
 from .proxies import DECODER, PRIOR
 

@@ -19,8 +19,8 @@ from stable_cascade.adapters import add_lora
 from stable_cascade.diffusion.process import add_noise
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
+from stable_cascade.files.presets import PRESETS
 from stable_cascade.models.clip import encode_prompts
-from stable_cascade.models.presets import PRESETS
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
 
 from .measure import Row, in_turns

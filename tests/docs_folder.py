@@ -116,7 +116,7 @@ def make_hub(target: Path) -> None:
 
     from stable_cascade import StableCascadeVQGAN
     from stable_cascade.embedded import embedded_path
-    from stable_cascade.models.conversion import convert_networks
+    from stable_cascade.files.conversion import convert_networks
 
     embedded = Path(embedded_path())
     text = {

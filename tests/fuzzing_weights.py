@@ -51,7 +51,7 @@ def _make_weights(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 def _use_weights(path: Path) -> None:
     from stable_cascade import StableCascadePreviewer, StableCascadePrior
-    from stable_cascade.models.loading import single_file_config
+    from stable_cascade.files.loading import single_file_config
     from tests.tiny_cascade import PRIOR
 
     if path.stem == "previewer":

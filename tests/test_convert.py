@@ -14,15 +14,14 @@ from stable_cascade.cli.main import main
 from stable_cascade.components import NETWORKS as PARTS_OF
 from stable_cascade.embedded import embedded_path
 from stable_cascade.files import describe, from_original, merge_checkpoint, split_checkpoint, to_original
-from stable_cascade.files.checkpoints import NETWORK, STAGES, to_ours
 from stable_cascade.files.clip import from_any, to_openclip
-from stable_cascade.files.configs import KEY, write_configs
 from stable_cascade.files.controlnet import read_description, save_controlnet
-from stable_cascade.files.writing import whole
+from stable_cascade.files.conversion import convert_networks
+from stable_cascade.files.json_files import KEY, write_configs
+from stable_cascade.files.loading import CONFIGS, clip_on_meta, on_meta
+from stable_cascade.files.networks import NETWORK, STAGES, to_ours
+from stable_cascade.files.tensor_files import whole
 from stable_cascade.models import PRESETS
-from stable_cascade.models.clip_files import CONFIGS, clip_on_meta
-from stable_cascade.models.conversion import convert_networks
-from stable_cascade.models.loading import on_meta
 from stable_cascade.pipelines import StableCascadePipeline
 from tests.tiny_cascade import ENCODER, PRIOR, tiny_parts
 

@@ -19,8 +19,8 @@ from stable_cascade import (
     StableCascadeUNet,
 )
 from stable_cascade.embedded import embedded_path
-from stable_cascade.files.checkpoints import merge_checkpoint
 from stable_cascade.files.clip import to_openclip
+from stable_cascade.files.networks import merge_checkpoint
 from stable_cascade.pipelines.hub import _weights
 from tests.released_layout import file_bytes, released_folders, without
 from tests.tiny_cascade import DECODER, MULTIPLE, PRIOR, VQGAN
@@ -222,7 +222,7 @@ def test_a_pipeline_folder_gives_configs_and_tokenizer(released, files, tmp_path
 
 
 def test_embedded_files_need_nothing_else(tmp_path):
-    from stable_cascade.models.conversion import convert_networks
+    from stable_cascade.files.conversion import convert_networks
 
     for stage in ("prior", "decoder"):
         convert_networks(embedded_path(), tmp_path / f"{stage}.safetensors", "comfyui", component=stage)

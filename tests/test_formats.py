@@ -7,8 +7,8 @@ from diffusers.loaders.single_file_utils import convert_stable_cascade_unet_sing
 from safetensors.torch import save_file
 
 from stable_cascade.files import KEY_MAPS, from_original, to_original
+from stable_cascade.files.loading import on_meta
 from stable_cascade.models import PRESETS, StableCascadeDecoder, StableCascadePrior
-from stable_cascade.models.loading import on_meta
 from tests.golden import entry, fill
 from tests.golden_networks import CLASSES, golden_inputs, golden_network, our_config
 

@@ -39,7 +39,7 @@ def test_lora_of_the_largest_prior_takes_what_is_estimated(tmp_path, quantizatio
 def memory_of_lora(folder: Path, size: str, **changes: Any) -> tuple[int, int]:
     """(estimated, measured) bytes of a LoRA run beside the tiny cascade's encoders, which the cache leaves out."""
     from stable_cascade import StableCascadePrior
-    from stable_cascade.models.presets import PRESETS
+    from stable_cascade.files.presets import PRESETS
 
     # A newly initialised prior of the released size, fitted to the tiny encoders.
     cascade = write_cascade(folder / "cascade")

@@ -14,7 +14,7 @@ from diffusers import StableCascadeUNet
 
 from stable_cascade import factory
 from stable_cascade.config import load_config
-from stable_cascade.models.presets import preset
+from stable_cascade.files.presets import preset
 from stable_cascade.trainers.check import plan_training
 from tests.test_config import GUIDE
 from tests.test_presets import PARAMETERS, UNET_PARAMETERS

@@ -11,14 +11,13 @@ from stable_cascade.cli.main import main
 from stable_cascade.components import NETWORKS as PARTS_OF
 from stable_cascade.embedded import embedded_path
 from stable_cascade.files import describe, read_header, to_original
-from stable_cascade.files.checkpoints import NETWORK, merge_checkpoint
 from stable_cascade.files.clip import to_openclip
 from stable_cascade.files.detection import describe_tensors
 from stable_cascade.files.headers import MAX_HEADER, TensorInfo
+from stable_cascade.files.loading import CONFIGS, clip_on_meta, on_meta
+from stable_cascade.files.networks import NETWORK, merge_checkpoint
 from stable_cascade.files.signatures import SIZES, component_of, measures, naming_of, size_of
 from stable_cascade.models import PRESETS
-from stable_cascade.models.clip_files import CONFIGS, clip_on_meta
-from stable_cascade.models.loading import on_meta
 from tests.released_keys import released_keys
 from tests.tiny_cascade import tiny_parts, tiny_prior
 

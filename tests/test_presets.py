@@ -6,10 +6,10 @@ from diffusers import StableCascadeUNet
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from safetensors.torch import save_file
 
+from stable_cascade.files.loading import single_file_config
+from stable_cascade.files.presets import PRESETS, preset
 from stable_cascade.models.controlnet import StableCascadeControlNet
 from stable_cascade.models.decoder import StableCascadeDecoder
-from stable_cascade.models.loading import single_file_config
-from stable_cascade.models.presets import PRESETS, preset
 from stable_cascade.models.previewer import StableCascadePreviewer
 from stable_cascade.models.semantic_encoder import StableCascadeSemanticEncoder
 from stable_cascade.models.vqgan import StableCascadeVQGAN

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from stable_cascade.files.presets import preset
 from stable_cascade.models.controlnet import StableCascadeControlNet
-from stable_cascade.models.presets import preset
 from stable_cascade.models.previewer import StableCascadePreviewer
 from stable_cascade.models.semantic_encoder import StableCascadeSemanticEncoder
 from tests.golden import assert_matches, entry, fill, tensors

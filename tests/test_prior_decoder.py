@@ -9,9 +9,9 @@ import torch
 from diffusers import StableCascadeUNet
 
 from stable_cascade.files import to_original
+from stable_cascade.files.loading import on_meta
 from stable_cascade.models import PRESETS, StableCascadeControlNet, StableCascadeDecoder, StableCascadePrior, blocks
 from stable_cascade.models.blocks import project
-from stable_cascade.models.loading import on_meta
 from tests.golden import assert_matches, entry, fill, manifest, tensors
 from tests.golden_networks import BLOCKS, golden_inputs, golden_network
 

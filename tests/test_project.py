@@ -96,8 +96,8 @@ def test_launch_config_is_valid_for_accelerate(name):
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp2"])
 def test_sharded_units_are_blocks_of_every_prior_and_decoder(name):
+    from stable_cascade.files.presets import PRESETS
     from stable_cascade.models import blocks
-    from stable_cascade.models.presets import PRESETS
 
     keys = yaml.safe_load(text_of(ROOT / "accelerate_configs" / f"{name}.yaml"))["fsdp_config"]
     wanted = set(keys["fsdp_transformer_layer_cls_to_wrap"].split(","))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from stable_cascade.models import checkpointing as module
 from stable_cascade.models.checkpointing import chosen_checkpoint, chosen_contexts, selective_checkpoint
 from stable_cascade.models.controlnet import LargeBottleneck
-from stable_cascade.models.efficientnet import EfficientNetFeatures
+from stable_cascade.models.semantic_encoder import EfficientNetFeatures
 from tests.test_vqgan import random_vqgan
 from tests.tiny_cascade import tiny_decoder, tiny_prior
 

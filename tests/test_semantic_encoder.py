@@ -2,8 +2,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stable_cascade.models.efficientnet import EfficientNetFeatures, InvertedBottleneck
-from stable_cascade.models.semantic_encoder import IMAGENET_MEAN, IMAGENET_STD, StableCascadeSemanticEncoder
+from stable_cascade.models.semantic_encoder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EfficientNetFeatures,
+    InvertedBottleneck,
+    StableCascadeSemanticEncoder,
+)
 from tests.golden import assert_matches, entry, fill, tensors
 
 TINY = {

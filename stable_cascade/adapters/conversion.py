@@ -77,9 +77,9 @@ def preset_layers(component: str, version: str) -> dict[str, Size]:
 
 @cache
 def _built(component: str, version: str) -> dict[str, Size]:
+    from stable_cascade.files.loading import on_meta
+    from stable_cascade.files.presets import preset
     from stable_cascade.models.decoder import StableCascadeDecoder
-    from stable_cascade.models.loading import on_meta
-    from stable_cascade.models.presets import preset
     from stable_cascade.models.prior import StableCascadePrior
 
     network = {"prior": StableCascadePrior, "decoder": StableCascadeDecoder}[component]
@@ -105,7 +105,7 @@ def _layers(lora: files.LoraFile, base: Any, filters: Sequence[str] | None, *, b
 
 def _fitting(lora: files.LoraFile, component: str, filters: Sequence[str] | None, by_file: bool) -> Mapping[str, Size]:
     """The layers of the known network that a part fits."""
-    from stable_cascade.models.presets import PRESETS
+    from stable_cascade.files.presets import PRESETS
 
     versions = list(_TEXT_SIZES) if component == "text_encoder" else list(PRESETS[component])
     problems = []
@@ -138,7 +138,7 @@ def _layers_of(base: Any) -> dict[str, Mapping[str, Size]]:
     folder = local_path(base)
     if folder.is_dir():
         return _layers_of_folder(folder)
-    from stable_cascade.models.presets import PRESETS
+    from stable_cascade.files.presets import PRESETS
 
     found = {component: preset_layers(component, str(base)) for component in PRESETS if str(base) in PRESETS[component]
              and component in files.COMPONENTS}  # fmt: skip
@@ -150,8 +150,8 @@ def _layers_of(base: Any) -> dict[str, Mapping[str, Size]]:
 def _layers_of_folder(folder: Path) -> dict[str, Mapping[str, Size]]:
     """Component -> layers by the config.json of each, without reading a weight."""
     from stable_cascade.files.json_files import read_config
+    from stable_cascade.files.loading import built_on_meta
     from stable_cascade.models.decoder import StableCascadeDecoder
-    from stable_cascade.models.loading import built_on_meta
     from stable_cascade.models.prior import StableCascadePrior
 
     found: dict[str, Mapping[str, Size]] = {}

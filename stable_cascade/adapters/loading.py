@@ -231,7 +231,7 @@ _TEXT_WIDTHS = {1280: "ViT-bigG/14, the released one", 128: "embedded"}
 
 def _size(component: str, width: Any) -> str:
     """` (1B)` for the released size with this width, nothing for others."""
-    from stable_cascade.models.presets import PRESETS
+    from stable_cascade.files.presets import PRESETS
 
     if component == "text_encoder" and width in _TEXT_WIDTHS:
         return f" ({_TEXT_WIDTHS[width]})"

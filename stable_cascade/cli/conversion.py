@@ -65,7 +65,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _networks(arguments: argparse.Namespace) -> Any:
-    from stable_cascade.models.conversion import convert_networks
+    from stable_cascade.files.conversion import convert_networks
 
     _refuse(arguments, (*LORA_OPTIONS, "token"), "networks")
     options = {name: getattr(arguments, name) for name in (*NETWORK_OPTIONS, "overwrite")}
@@ -75,7 +75,7 @@ def _networks(arguments: argparse.Namespace) -> Any:
 def _lora(arguments: argparse.Namespace) -> Any:
     from stable_cascade.adapters.conversion import convert_lora
     from stable_cascade.embedded import embedded_path
-    from stable_cascade.files.writing import check_target
+    from stable_cascade.files.tensor_files import check_target
 
     _refuse(arguments, (*NETWORK_OPTIONS, "token"), "a LoRA, which keeps its own type")
     check_target(Path(arguments.target), Path(arguments.source), overwrite=arguments.overwrite)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stable_cascade.hub import ask
+from stable_cascade.models.base import check_whole
 from stable_cascade.models.clip import TextEmbedder, clip_pixels
-from stable_cascade.models.pretrained import check_whole
 from stable_cascade.objectives.denoising import chosen
 from stable_cascade.objectives.prior import EmbedText
 from stable_cascade.transfer import to_device

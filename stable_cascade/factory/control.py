@@ -164,7 +164,7 @@ def _effnet_config(config: Any) -> dict[str, Any] | None:
 def _released_features() -> dict[str, Any]:
     import inspect
 
-    from stable_cascade.models.efficientnet import EfficientNetFeatures
+    from stable_cascade.models.semantic_encoder import EfficientNetFeatures
 
     parameters = inspect.signature(EfficientNetFeatures.__init__).parameters
     return {key: parameters[key].default for key in FEATURES}

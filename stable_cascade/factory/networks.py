@@ -12,10 +12,10 @@ from torch import nn
 from stable_cascade.adapters.quantized import check_format, quantize, quantized_bytes
 from stable_cascade.components import NETWORKS
 from stable_cascade.files.json_files import read_config
+from stable_cascade.files.loading import single_file_config
+from stable_cascade.files.presets import PRESETS
 from stable_cascade.hub import HubError, NotAskedError, ask
 from stable_cascade.models.checkpointing import chosen_checkpoint
-from stable_cascade.models.loading import single_file_config
-from stable_cascade.models.presets import PRESETS
 
 SCRATCH = "scratch"
 PRETRAINED = "pretrained"

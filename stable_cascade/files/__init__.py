@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .checkpoints import merge_checkpoint, split_checkpoint
-    from .descriptions import Description, LoraFacts
-    from .detection import describe
+    from .detection import Description, LoraFacts, describe
     from .headers import read_header
-    from .networks import KEY_MAPS, from_original, to_original
+    from .networks import KEY_MAPS, from_original, merge_checkpoint, split_checkpoint, to_original
 
 __all__ = [
     "KEY_MAPS",

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-COMPONENTS = ("text_encoder", "image_encoder")
-
 # OpenCLIP's name -> transformers', without `visual.` and `text_model.` / `vision_model.`.
 _TABLES = {
     "text_encoder": (

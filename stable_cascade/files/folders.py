@@ -9,8 +9,7 @@ from typing import Any
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief, quoted
 
-from .descriptions import Description
-from .detection import KNOWN, describe, describe_tensors
+from .detection import KNOWN, Description, describe, describe_tensors
 from .headers import TensorInfo, read_header
 from .json_files import read_json
 from .networks import KEY_MAPS

@@ -10,8 +10,7 @@ from torch import Tensor
 from stable_cascade.disk import local_path
 from stable_cascade.wording import brief, quoted
 
-from .tensor_files import read_weights
-from .writing import check_target, whole, write_tensors
+from .tensor_files import check_target, read_weights, whole, write_tensors
 
 FORMATS = ("diffusers", "comfyui")
 """`diffusers`: token -> rows, for `load_textual_inversion`. `comfyui`: rows under `clip_g`, OneTrainer's too."""

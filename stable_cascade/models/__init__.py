@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from stable_cascade.files.loading import load_single_file
+    from stable_cascade.files.presets import PRESETS
+
     from .controlnet import StableCascadeControlNet, StableCascadeMultiControlNet
     from .decoder import StableCascadeDecoder
     from .diffusers_names import StableCascadeUNet
-    from .loading import load_single_file
-    from .presets import PRESETS
     from .previewer import StableCascadePreviewer
     from .prior import StableCascadePrior
     from .semantic_encoder import StableCascadeSemanticEncoder

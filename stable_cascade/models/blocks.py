@@ -78,40 +78,9 @@ BACKENDS: Mapping[str, SDPBackend | None] = {
 """torch's kernels of attention under diffusers' names; with `native` torch chooses for every call."""
 
 
-def _kernel(backend: SDPBackend | None) -> AbstractContextManager:
+def attention_kernel(backend: SDPBackend | None) -> AbstractContextManager:
+    """The context in which torch computes attention with this kernel; None leaves the choice to torch."""
     return nullcontext() if backend is None else sdpa_kernel(backend)
-
-
-class AttentionBackendMixin:
-    """`set_attention_backend` of diffusers for networks with our attention."""
-
-    def set_attention_backend(self, backend: str) -> None:
-        """Computes attention by one of torch's kernels: a name of `BACKENDS`, `native` for torch's own choice.
-
-        Raises:
-            ValueError: no such backend, one that is not torch's, or one that does not run on this network's device
-                and type.
-        """
-        network: Any = self
-        if backend not in BACKENDS:
-            raise ValueError(f"attention backend '{backend}' is not one of torch's own: {', '.join(BACKENDS)}")
-        # Tried once, since torch would refuse only in the middle of a forward.
-        probe = torch.zeros(1, 1, 8, 64, device=network.device, dtype=network.dtype)
-        try:
-            with _kernel(BACKENDS[backend]):
-                F.scaled_dot_product_attention(probe, probe, probe)
-        except RuntimeError:
-            raise ValueError(
-                f"attention backend '{backend}' does not run on {network.device} in "
-                f"{str(network.dtype).removeprefix('torch.')}; native always does"
-            ) from None
-        for module in network.modules():
-            if isinstance(module, SDCascadeAttention):
-                module.backend = BACKENDS[backend]
-
-    def reset_attention_backend(self) -> None:
-        """Leaves the choice of the kernel to torch again."""
-        self.set_attention_backend("native")
 
 
 def attend(
@@ -124,7 +93,7 @@ def attend(
     """
     mask = None if attended is None else attended[:, None, None]
     if backend is not None:
-        with _kernel(backend):
+        with attention_kernel(backend):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     if query.device.type == "cpu" and query.requires_grad and (query.dtype is torch.bfloat16 or dropout > 0):
         # The fused kernel's backward takes twice as long on a CPU in bfloat16, and knows no dropout there.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stable_cascade.disk import local_path
+from stable_cascade.files.controlnet import read_description
 
-from .efficientnet import EfficientNetFeatures
-from .pretrained import PretrainedMixin
+from .base import PretrainedMixin
+from .semantic_encoder import EfficientNetFeatures
 
 BOTTLENECKS = ("effnet", "simple", "large")
 RELEASED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
@@ -40,6 +41,7 @@ class StableCascadeControlNet(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdap
         ValueError: an unknown bottleneck; `blocks` is empty, repeats an index or holds a negative one.
     """
 
+    component = "controlnet"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["InvertedBottleneck", "ControlResBlock"]
 
@@ -131,22 +133,10 @@ class StableCascadeControlNet(PretrainedMixin, ModelMixin, ConfigMixin, PeftAdap
 
         A file of ours says itself which config it has.
         """
-        from stable_cascade.files.controlnet import read_description
-
-        from .loading import load_single_file
-
         if config is None and isinstance(pretrained_model_link_or_path_or_dict, (str, PathLike)):
             if local_path(pretrained_model_link_or_path_or_dict).is_file():
                 config = read_description(pretrained_model_link_or_path_or_dict).get("config")
-        return load_single_file(
-            cls, "controlnet", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs
-        )
-
-    def to_original(self) -> dict[str, Tensor]:
-        """The weights under the original's names."""
-        from stable_cascade.files.networks import to_original
-
-        return to_original(self.state_dict(), "controlnet")
+        return super().from_single_file(pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
 
 
 class StableCascadeMultiControlNet(ModelMixin):

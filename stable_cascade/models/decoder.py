@@ -12,13 +12,10 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stable_cascade.compilation import expect_many_sizes
-
-from .blocks import AttentionBackendMixin
+from .base import UNetMixin
 from .conditioning import (
     StableCascadeUNetOutput,
     as_sequence,
-    blocks_of,
     embed_sample,
     embed_times,
     joined_mappers,
@@ -28,14 +25,13 @@ from .conditioning import (
     read_out,
 )
 from .layers import TiledConv2d, layer_norm, resize, to_channels_last
-from .pretrained import PretrainedMixin
 from .unet import NO_SPLIT, Conditions, DeepCache, Run, add_stack, initialise, keys_values, run_stack
 
 PLAIN = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
 ATTENDED = (*PLAIN, "SDCascadeAttnBlock")
 
 
-class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class StableCascadeDecoder(UNetMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Stage B's network, with the weights' names and the config of diffusers' `StableCascadeUNet`.
 
     Without arguments it is the larger released one (the guide's "3B"). `num_attention_heads` may be 0 or -1 on a level
@@ -45,6 +41,7 @@ class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, C
         ValueError: lists of the config disagree in length, or it asks for inputs that only the prior has.
     """
 
+    component = "decoder"
     _supports_gradient_checkpointing = True
     _no_split_modules = NO_SPLIT
     _repeated_blocks = NO_SPLIT
@@ -182,29 +179,6 @@ class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, C
             conditions.maps[size] = grid
         return grid
 
-    def fuse_qkv_projections(self) -> None:
-        """Lays query, key and value weights of each block next to each other, which makes large networks run faster.
-
-        Names and values stay. What `from_single_file` loads from an original file lies so already; moving the network
-        or changing its type undoes it.
-        """
-        for _, block in blocks_of(self, "attention"):
-            block.attention.fuse()
-
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles each block when it first runs; with `dynamic=True` one graph serves images of every shape."""
-        expect_many_sizes()
-        super().compile_repeated_blocks(*args, **kwargs)
-
-    @classmethod
-    def from_config(
-        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> StableCascadeDecoder | tuple[StableCascadeDecoder, dict[str, Any]]:
-        """A network of this config, which may be that of diffusers' class: its values hold, not our defaults."""
-        if isinstance(config, dict):
-            config = {key: value for key, value in config.items() if key != "_use_default_values"}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
-
     @classmethod
     def from_single_file(
         cls,
@@ -214,15 +188,9 @@ class StableCascadeDecoder(AttentionBackendMixin, PretrainedMixin, ModelMixin, C
         **kwargs: Any,
     ) -> StableCascadeDecoder:
         """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from .loading import load_single_file
+        from stable_cascade.files.loading import load_single_file
 
         return load_single_file(cls, "decoder", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
-
-    def to_original(self) -> dict[str, Tensor]:
-        """The weights under the original's names."""
-        from stable_cascade.files.networks import to_original
-
-        return to_original(self.state_dict(), "decoder")
 
 
 def _grid_mapper(in_channels: int, width: int) -> nn.Sequential:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_cascade.files.checkpoints import split_checkpoint
 from stable_cascade.files.detection import describe
+from stable_cascade.files.networks import split_checkpoint
 
 from .decoder import StableCascadeDecoder
 from .prior import StableCascadePrior
@@ -41,7 +41,7 @@ class StableCascadeUNet:
         if isinstance(source, dict):
             parts = list(split_checkpoint(source).parts)
         else:
-            from .hub_files import hub_file
+            from stable_cascade.files.loading import hub_file
 
             source = hub_file(str(source)) if str(source).startswith(("http:", "https:")) else source
             found = describe(source)

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from .pretrained import PretrainedMixin
+from .base import PretrainedMixin
 
 
 class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
@@ -23,6 +23,8 @@ class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
     Raises:
         ValueError: `hidden_channels` is not a positive multiple of 4.
     """
+
+    component = "previewer"
 
     @register_to_config
     def __init__(self, in_channels: int = 16, hidden_channels: int = 512, out_channels: int = 3) -> None:
@@ -59,15 +61,9 @@ class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
         **kwargs: Any,
     ) -> StableCascadePreviewer:
         """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from .loading import load_single_file
+        from stable_cascade.files.loading import load_single_file
 
         return load_single_file(cls, "previewer", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
-
-    def to_original(self) -> dict[str, Tensor]:
-        """The weights under the original's names."""
-        from stable_cascade.files.networks import to_original
-
-        return to_original(self.state_dict(), "previewer")
 
 
 def _activated(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, nn.Module, nn.Module]:

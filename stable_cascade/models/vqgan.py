@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .pretrained import PretrainedMixin
+from .base import PretrainedMixin
 from .tiling import WHOLE_BELOW, decode_margin, default_tile_side, encode_margin, tile_side, tiled
 
 COMMITMENT_WEIGHT = 0.25
@@ -141,6 +141,8 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
 
     Shapes: pixels (B, 3, H, W) in [0, 1] <-> latents (B, latent_channels, H/stride, W/stride).
     """
+
+    component = "vqgan"
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MixingBlock"]
@@ -269,15 +271,9 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
         **kwargs: Any,
     ) -> StableCascadeVQGAN:
         """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from .loading import load_single_file
+        from stable_cascade.files.loading import load_single_file
 
         return load_single_file(cls, "vqgan", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
-
-    def to_original(self) -> dict[str, Tensor]:
-        """The weights under the original's names."""
-        from stable_cascade.files.networks import to_original
-
-        return to_original(self.state_dict(), "vqgan")
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self._run(self.down_blocks, self.in_block(pixels))

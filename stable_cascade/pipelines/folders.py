@@ -15,7 +15,7 @@ from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.files.headers import read_header
 from stable_cascade.files.json_files import read_config
-from stable_cascade.models.pretrained import check_no_adapter, check_whole
+from stable_cascade.models.base import check_no_adapter, check_whole
 from stable_cascade.wording import brief, quoted
 
 from .habits import under_our_names, without_foreign
@@ -245,7 +245,7 @@ def own_scheduler(config: dict[str, Any], of_prior: bool) -> Any:
 
 def _own_network(name: str, network: Any) -> Any:
     """Our network with the parameters of diffusers' one, so that what changes one (`to`, training) changes both."""
-    from stable_cascade.models.loading import on_meta
+    from stable_cascade.files.loading import on_meta
 
     # Their values hold where ours has another default, as for the scale of Stage A's latents.
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}

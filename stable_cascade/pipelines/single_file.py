@@ -13,11 +13,9 @@ import torch
 from stable_cascade.components import CLIP, COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
-from stable_cascade.files.descriptions import Description
-from stable_cascade.files.detection import describe
+from stable_cascade.files.detection import Description, describe
 from stable_cascade.files.json_files import read_config
-from stable_cascade.models.clip_files import load_clip_file
-from stable_cascade.models.hub_files import hub_file
+from stable_cascade.files.loading import hub_file, load_clip_file
 from stable_cascade.wording import brief, quoted
 
 from .folders import PRIOR_SHIFT, dtype_of, load_folder

@@ -6,10 +6,17 @@ Inside the package a LoRA is always PEFT's state dict, `<layer>.lora_A.weight` a
 from __future__ import annotations
 
 from .conversion import EMBEDS_NAME, convert, tokens_folder, with_deltas, with_tokens, write
-from .file import LoraFile
-from .keys import ALIASES, COMPONENTS, FORMATS, READ_ONLY, detect, format_name
-from .metadata import METADATA_KEY, WEIGHT_NAME, join_components, read_metadata, split_components, write_metadata
-from .names import clip_layers
+from .keys import ALIASES, COMPONENTS, FORMATS, READ_ONLY, clip_layers, detect, format_name
+from .metadata import (
+    ADAPTER_NAMES,
+    CONFIG_NAME,
+    METADATA_KEY,
+    WEIGHT_NAME,
+    join_components,
+    read_metadata,
+    split_components,
+    write_metadata,
+)
 from .original import (
     exact_filters,
     filter_words,
@@ -20,10 +27,8 @@ from .original import (
     positional_order,
     positional_targets,
 )
-from .part import Part, is_depthwise
-from .peft_config import ADAPTER_NAMES, CONFIG_NAME
-from .reading import read
-from .report import Report
+from .parts import Part, Report, is_depthwise
+from .reading import LoraFile, read
 
 __all__ = [
     "ADAPTER_NAMES",

@@ -14,19 +14,17 @@ from torch import Tensor
 
 from stable_cascade.components import CLIP, COMPONENTS
 from stable_cascade.disk import local_path
-from stable_cascade.files import clip, controlnet
-from stable_cascade.files.checkpoints import NETWORK, STAGES, merge_checkpoint, to_bare
-from stable_cascade.files.configs import write_configs
-from stable_cascade.files.folders import INDEX
-from stable_cascade.files.networks import KEY_MAPS
-from stable_cascade.files.signatures import size_of
-from stable_cascade.files.writing import check_target, whole, write_tensors
 from stable_cascade.wording import brief, quoted
 
-from .clip_files import CONFIGS, clip_config, clip_on_meta
-from .loading import check_fit, on_meta, resolve_config
-from .networks_in import Contents, Network, component_name, read_networks, same_values
+from . import clip, controlnet
+from .contents import Contents, Network, component_name, read_networks, same_values
+from .folders import INDEX
+from .json_files import write_configs
+from .loading import CONFIGS, check_fit, clip_config, clip_on_meta, on_meta, resolve_config
+from .networks import KEY_MAPS, NETWORK, STAGES, merge_checkpoint, to_bare
 from .presets import PRESETS
+from .signatures import size_of
+from .tensor_files import check_target, whole, write_tensors
 
 FORMATS = ("original", "diffusers", "comfyui", "openclip")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from stable_cascade.components import OTHER_WORDS, WITH_WEIGHTS
 from stable_cascade.disk import local_path
-from stable_cascade.files import controlnet
-from stable_cascade.files.checkpoints import split_checkpoint, to_ours
-from stable_cascade.files.configs import KEY, read_configs
-from stable_cascade.files.folders import INDEX, weight_files
-from stable_cascade.files.json_files import read_config
-from stable_cascade.files.signatures import what_else
-from stable_cascade.files.tensor_files import read_tensors
 from stable_cascade.wording import brief, quoted
 
+from . import controlnet
+from .folders import INDEX, weight_files
+from .json_files import KEY, read_config, read_configs
 from .loading import read_file
+from .networks import split_checkpoint, to_ours
+from .signatures import what_else
+from .tensor_files import read_tensors
 
 
 @dataclass(frozen=True)
