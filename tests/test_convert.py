@@ -18,8 +18,9 @@ from stable_cascade.files.clip import from_any, to_openclip
 from stable_cascade.files.controlnet import read_description, save_controlnet
 from stable_cascade.files.conversion import convert_networks
 from stable_cascade.files.json_files import KEY, write_configs
-from stable_cascade.files.loading import CONFIGS, clip_on_meta, on_meta
+from stable_cascade.files.loading import clip_on_meta, on_meta
 from stable_cascade.files.networks import NETWORK, STAGES, to_ours
+from stable_cascade.files.presets import CLIP_CONFIGS
 from stable_cascade.files.tensor_files import whole
 from stable_cascade.models import PRESETS
 from stable_cascade.pipelines import StableCascadePipeline
@@ -182,8 +183,8 @@ def test_key_lists_of_the_released_sizes(component, size):
         for name in STAGES[component]
         if name in PARTS_OF
     }
-    clip = [name for name in CONFIGS if name in STAGES[component]]
-    parts |= {name: clip_on_meta(name, next(iter(CONFIGS[name].values()))).state_dict() for name in clip}
+    clip = [name for name in CLIP_CONFIGS if name in STAGES[component]]
+    parts |= {name: clip_on_meta(name, next(iter(CLIP_CONFIGS[name].values()))).state_dict() for name in clip}
     back = {
         name: to_ours(part, name).weights for name, part in split_checkpoint(merge_checkpoint(parts)).parts.items()
     }

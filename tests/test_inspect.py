@@ -14,8 +14,9 @@ from stable_cascade.files import describe, read_header, to_original
 from stable_cascade.files.clip import to_openclip
 from stable_cascade.files.detection import describe_tensors
 from stable_cascade.files.headers import MAX_HEADER, TensorInfo
-from stable_cascade.files.loading import CONFIGS, clip_on_meta, on_meta
+from stable_cascade.files.loading import clip_on_meta, on_meta
 from stable_cascade.files.networks import NETWORK, merge_checkpoint
+from stable_cascade.files.presets import CLIP_CONFIGS
 from stable_cascade.files.signatures import SIZES, component_of, measures, naming_of, size_of
 from stable_cascade.models import PRESETS
 from tests.released_keys import released_keys
@@ -68,7 +69,7 @@ def test_the_table_of_sizes_is_that_of_the_presets(component, size):
 
 
 def test_the_table_of_sizes_of_clip():
-    for component, sizes in CONFIGS.items():
+    for component, sizes in CLIP_CONFIGS.items():
         for size, config in sizes.items():
             shapes = {name: tuple(value.shape) for name, value in clip_on_meta(component, config).state_dict().items()}
             assert (component_of(shapes), size_of(shapes, component)) == (component, size)

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from stable_cascade.adapters import load_lora
-from stable_cascade.adapters.loading import placed
-from stable_cascade.adapters.onetrainer_layers import InputDora, OneTrainerConv2d, OutputDora, add_input_magnitude
+from stable_cascade.adapters.load import placed
+from stable_cascade.adapters.peft_layers import InputDora, OneTrainerConv2d, OutputDora, add_input_magnitude
 from stable_cascade.files import lora as files
 from tests.tiny_cascade import tiny_prior
 from tests.tiny_pipelines import cascade

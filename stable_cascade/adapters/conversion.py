@@ -13,15 +13,18 @@ from torch import Size, Tensor
 
 from stable_cascade.disk import local_path
 from stable_cascade.files import lora as files
+from stable_cascade.files.loading import built_on_meta, on_meta
+from stable_cascade.files.presets import PRESETS, clip_preset, preset
 from stable_cascade.wording import brief, quoted
 
 from .layers import component_of, layer_shapes
-from .places import read_with_tokens
+from .load import read_with_tokens
 from .tokens import original_deltas, restart_rows
 
 Layers = Mapping[str, Mapping[str, Size]]
 
-_TEXT_SIZES = {"3.6B": (32, 1280, 5120), "embedded": (3, 128, 512)}
+_TEXT_ENCODERS = {"3.6B": "ViT-bigG/14", "embedded": "embedded"}
+"""The text encoder that each size of the prior reads."""
 
 
 def convert_lora(
@@ -71,14 +74,13 @@ def peft_state_dict(lora: files.LoraFile) -> dict[str, Tensor]:
 def preset_layers(component: str, version: str) -> dict[str, Size]:
     """Weight shape of every layer of a released network, or the embedded one, that an adapter may go to."""
     if component == "text_encoder":
-        return files.clip_layers(*_TEXT_SIZES.get(version, _TEXT_SIZES["3.6B"]))
+        config = clip_preset("text_encoder", _TEXT_ENCODERS.get(version, _TEXT_ENCODERS["3.6B"]))
+        return files.clip_layers(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"])
     return _built(component, version)
 
 
 @cache
 def _built(component: str, version: str) -> dict[str, Size]:
-    from stable_cascade.files.loading import on_meta
-    from stable_cascade.files.presets import preset
     from stable_cascade.models.decoder import StableCascadeDecoder
     from stable_cascade.models.prior import StableCascadePrior
 
@@ -105,9 +107,7 @@ def _layers(lora: files.LoraFile, base: Any, filters: Sequence[str] | None, *, b
 
 def _fitting(lora: files.LoraFile, component: str, filters: Sequence[str] | None, by_file: bool) -> Mapping[str, Size]:
     """The layers of the known network that a part fits."""
-    from stable_cascade.files.presets import PRESETS
-
-    versions = list(_TEXT_SIZES) if component == "text_encoder" else list(PRESETS[component])
+    versions = list(_TEXT_ENCODERS) if component == "text_encoder" else list(PRESETS[component])
     problems = []
     for version in versions:
         layers = preset_layers(component, version)
@@ -138,8 +138,6 @@ def _layers_of(base: Any) -> dict[str, Mapping[str, Size]]:
     folder = local_path(base)
     if folder.is_dir():
         return _layers_of_folder(folder)
-    from stable_cascade.files.presets import PRESETS
-
     found = {component: preset_layers(component, str(base)) for component in PRESETS if str(base) in PRESETS[component]
              and component in files.COMPONENTS}  # fmt: skip
     if not found:
@@ -150,7 +148,6 @@ def _layers_of(base: Any) -> dict[str, Mapping[str, Size]]:
 def _layers_of_folder(folder: Path) -> dict[str, Mapping[str, Size]]:
     """Component -> layers by the config.json of each, without reading a weight."""
     from stable_cascade.files.json_files import read_config
-    from stable_cascade.files.loading import built_on_meta
     from stable_cascade.models.decoder import StableCascadeDecoder
     from stable_cascade.models.prior import StableCascadePrior
 

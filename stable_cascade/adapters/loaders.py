@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from stable_cascade.disk import local_path
 from stable_cascade.files.lora import Part
 
-from .bundled_tokens import usable_rows
-from .hotswap import check_swap, swap
-from .layers import carrying, take_out, tuner_layers
-from .loading import LoraFile, fitting_part, load_part, placed
+from .layers import carrying, check_swap, swap, take_out, tuner_layers
+from .load import LoraFile, Source, fitting_part, from_hub, load_part, placed, read_with_tokens
 from .lora import remove_lora
-from .onetrainer_layers import check_fusable
-from .places import Source, from_hub, read_with_tokens
+from .peft_layers import check_fusable
 from .quantized import QuantizedLinear
-from .tokens import EMBEDS_NAME, add_token_rows, read_learned_embeds
+from .tokens import EMBEDS_NAME, add_token_rows, read_learned_embeds, usable_rows
 
 
 class StableCascadeLoraLoaderMixin(LoraBaseMixin):

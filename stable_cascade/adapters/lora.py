@@ -17,8 +17,8 @@ from stable_cascade.disk import local_path
 from stable_cascade.files import lora as files
 
 from .layers import component_of, inject, layer_shapes
-from .loading import lora_path as lora_path  # both directions of a file under one name
-from .loading import read_lora as read_lora
+from .load import lora_path as lora_path  # both directions of a file under one name
+from .load import read_lora as read_lora
 from .tokens import LearnedTokens, save_learned_embeds
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def lora_state_dict(
     """
     from peft import get_peft_model_state_dict
 
-    from .onetrainer_layers import MAGNITUDE
+    from .peft_layers import MAGNITUDE
 
     live = {**model.state_dict(), **(overrides or {})} if overrides else None
     state_dict = get_peft_model_state_dict(

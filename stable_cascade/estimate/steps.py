@@ -13,18 +13,11 @@ from stable_cascade import factory
 from stable_cascade.estimate.memory import checkpointing
 from stable_cascade.factory.clip import CLIP_IMAGE, CLIP_TEXT, from_source
 from stable_cascade.factory.networks import network_class, preset, quantizes
+from stable_cascade.files.presets import clip_preset
 from stable_cascade.models.checkpointing import chosen_contexts
 from stable_cascade.objectives.prior import ConditionedPrior
 
 TEXT_TOKENS = 77
-_BIG_G: dict[str, Any] = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-    "projection_dim": 1280,
-}  # fmt: skip
-_LARGE: dict[str, Any] = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "projection_dim": 768, "image_size": 224, "patch_size": 14,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,7 +182,11 @@ def _clip_text(config: Any) -> nn.Module:
 
     name, _ = factory.clip_source(config, "text_encoder")
     known = name == CLIP_TEXT
-    settings = CLIPTextConfig(**_BIG_G) if known else from_source(config, "text_encoder", CLIPTextConfig)
+    settings = (
+        CLIPTextConfig(**clip_preset("text_encoder", "ViT-bigG/14"))
+        if known
+        else from_source(config, "text_encoder", CLIPTextConfig)
+    )
     with torch.device("meta"):
         return CLIPTextModelWithProjection(settings).to(getattr(torch, config.dtype)).requires_grad_(False)
 
@@ -200,7 +197,11 @@ def _clip_image(config: Any) -> Any:
 
     name, _ = factory.clip_source(config, "image_encoder")
     known = name == CLIP_IMAGE
-    settings = CLIPVisionConfig(**_LARGE) if known else from_source(config, "image_encoder", CLIPVisionConfig)
+    settings = (
+        CLIPVisionConfig(**clip_preset("image_encoder", "ViT-L/14"))
+        if known
+        else from_source(config, "image_encoder", CLIPVisionConfig)
+    )
     with torch.device("meta"):
         return CLIPVisionModelWithProjection(settings).requires_grad_(False).eval()
 

@@ -20,9 +20,9 @@ from . import clip, controlnet
 from .contents import Contents, Network, component_name, read_networks, same_values
 from .folders import INDEX
 from .json_files import write_configs
-from .loading import CONFIGS, check_fit, clip_config, clip_on_meta, on_meta, resolve_config
+from .loading import check_fit, clip_config, clip_on_meta, on_meta, resolve_config
 from .networks import KEY_MAPS, NETWORK, STAGES, merge_checkpoint, to_bare
-from .presets import PRESETS
+from .presets import CLIP_CONFIGS, PRESETS
 from .signatures import size_of
 from .tensor_files import check_target, whole, write_tensors
 
@@ -283,7 +283,7 @@ def _known(network: Network) -> bool:
     """Whether a network's config follows from its shapes alone."""
     assert network.config is not None
     size = size_of({name: tuple(value.shape) for name, value in network.weights.items()}, network.component)
-    table = PRESETS.get(network.component) if network.component in KEY_MAPS else CONFIGS[network.component]
+    table = PRESETS.get(network.component) if network.component in KEY_MAPS else CLIP_CONFIGS[network.component]
     if size == "embedded" and network.component in CLIP:
         return True
     return size is not None and table is not None and same_values(network.config, table[size])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from stable_cascade import hub
 from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
-from stable_cascade.embedded import embedded_path
 from stable_cascade.redaction import bare_address
 from stable_cascade.wording import brief, quoted
 
@@ -23,7 +22,7 @@ from . import tensor_files
 from .detection import describe_tensors, infos_of, is_lora
 from .json_files import read_config, read_configs, read_json
 from .networks import from_original, split_checkpoint, to_ours
-from .presets import PRESETS, preset
+from .presets import CLIP_CONFIGS, PRESETS, clip_preset, preset
 from .signatures import component_of, size_of, what_else
 from .tensor_files import check_kinds, check_names, checked_header
 
@@ -274,32 +273,6 @@ def hub_file(address: str) -> Path:
         raise ValueError(str(error)) from None
 
 
-_TEXT = {
-    "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407,
-    "pad_token_id": 1, "layer_norm_eps": 1e-5,
-}  # fmt: skip
-CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
-    "text_encoder": {
-        "ViT-bigG/14": _TEXT | {
-            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-            "projection_dim": 1280, "hidden_act": "gelu",
-        },
-        "ViT-L/14": _TEXT | {
-            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "projection_dim": 768, "hidden_act": "quick_gelu",
-        },
-    },
-    "image_encoder": {
-        "ViT-L/14": {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "projection_dim": 768, "hidden_act": "quick_gelu", "image_size": 224, "patch_size": 14,
-            "layer_norm_eps": 1e-5,
-        },
-    },
-}  # fmt: skip
-"""What the shapes of a released encoder do not say. The cascade was trained with the first of each."""
-
-
 def load_clip_file(
     component: str,
     source: str | PathLike[str] | Mapping[str, Tensor],
@@ -344,12 +317,10 @@ def clip_config(
         place = local_path(config)
         return read_json(place / "config.json" if place.is_dir() else place)
     size = size_of({name: tuple(value.shape) for name, value in weights.items()}, component)
-    if size == "embedded":
-        return read_json(embedded_path() / component / "config.json")
     if size is None:
-        known = ", ".join(CONFIGS[component])
+        known = ", ".join(CLIP_CONFIGS[component])
         raise ValueError(f"the weights are of no known {COMPONENTS[component].title} ({known}); pass its config")
-    return dict(CONFIGS[component][size])
+    return clip_preset(component, size)
 
 
 def clip_on_meta(component: str, settings: Mapping[str, Any]) -> Any:

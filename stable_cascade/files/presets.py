@@ -9,6 +9,10 @@ import copy
 import difflib
 from typing import Any
 
+from stable_cascade.embedded import embedded_path
+
+from .json_files import read_json
+
 RESIDUAL, TIMESTEP, ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 
 
@@ -167,6 +171,42 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
     },
 }
+
+
+_CLIP_TEXT = {
+    "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407,
+    "pad_token_id": 1, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+CLIP_CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+    "text_encoder": {
+        "ViT-bigG/14": _CLIP_TEXT | {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+            "projection_dim": 1280, "hidden_act": "gelu",
+        },
+        "ViT-L/14": _CLIP_TEXT | {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "projection_dim": 768, "hidden_act": "quick_gelu",
+        },
+    },
+    "image_encoder": {
+        "ViT-L/14": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "projection_dim": 768, "hidden_act": "quick_gelu", "image_size": 224, "patch_size": 14,
+            "layer_norm_eps": 1e-5,
+        },
+    },
+}  # fmt: skip
+"""What the shapes of a released encoder do not say. The cascade was trained with the first of each."""
+
+
+def clip_preset(component: str, version: str) -> dict[str, Any]:
+    """Transformers' config of a CLIP encoder, where its shapes do not say it all; a copy.
+
+    `version` is one of `CLIP_CONFIGS[component]`, or "embedded".
+    """
+    if version == "embedded":
+        return read_json(embedded_path() / component / "config.json")
+    return dict(CLIP_CONFIGS[component][version])
 
 
 def preset(component: str, version: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Updates that OneTrainer trains and PEFT does not know: of depthwise convolutions, and DoRA over the inputs."""
+"""PEFT's layers for what others' LoRA files have, OneTrainer's DoRA, and for LoRA beside quantised weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import Conv2d, LoraLayer
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
@@ -172,3 +172,18 @@ def _without_bias(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         return layer._conv_forward(x.to(layer.weight.dtype), layer.weight, None)
     return nn.functional.linear(x.to(layer.weight.dtype), layer.weight)  # type: ignore[arg-type]
+
+
+class QuantizedLoraLinear(Linear):
+    """LoRA or DoRA beside a `QuantizedLinear`. It cannot be merged: rounding to few bits would lose the update."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> Any:
+        """Refuses.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"an adapter cannot be merged into {self.get_base_layer().form} weights; load the LoRA file into the "
+            "network without quantization and fuse it there"
+        )
