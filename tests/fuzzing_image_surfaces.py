@@ -48,7 +48,7 @@ def _use_image_bytes(path: Path) -> None:
 
 
 def _use_image(path: Path) -> None:
-    from stable_cascade.drawing.images import read_image
+    from stable_cascade.drawing.files import read_image
 
     image = read_image(path)
     assert image.mode == "RGB"

@@ -252,7 +252,7 @@ def _make_checkpoint(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 def _use_inspect(path: Path) -> None:
     """What `inspect` shows of it: as text and as JSON, of bounded size and without control characters."""
-    from stable_cascade.files.detection import describe
+    from stable_cascade.files.places import describe
 
     described = describe(path)
     text = str(described)
@@ -320,7 +320,7 @@ class _Foreign:
 
 def _use_pickle(path: Path) -> None:
     from stable_cascade import StableCascadePreviewer
-    from stable_cascade.files.detection import describe
+    from stable_cascade.files.places import describe
 
     model = StableCascadePreviewer.from_single_file(path, config=PREVIEWER)
     assert all(value.device.type == "cpu" and not value.is_sparse for value in model.state_dict().values())

@@ -13,17 +13,26 @@ import pytest
 from PIL import Image, ImageDraw
 
 from stable_cascade.app.actions import Known, settings_of, wish
-from stable_cascade.app.form import FIELDS, OWN_FILTER, Form, chosen, controlnet_paths, lora_files, name_of, read_form
-from stable_cascade.app.guard import Guard
-from stable_cascade.app.history import History, values_of, with_newest
-from stable_cascade.app.runs import Run, Step, Stopped
-from stable_cascade.app.serving import OPEN_TO_OTHERS, address, bound
+from stable_cascade.app.form import (
+    FIELDS,
+    OWN_FILTER,
+    Form,
+    History,
+    chosen,
+    controlnet_paths,
+    lora_files,
+    name_of,
+    read_form,
+    values_of,
+    with_newest,
+)
+from stable_cascade.app.serving import OPEN_TO_OTHERS, Guard, address, bound
 from stable_cascade.app.settings import PageSettings, is_loopback
-from stable_cascade.app.studio import Studio
+from stable_cascade.app.studio import Run, Step, Stopped, Studio
 from stable_cascade.app.uploads import check_payload, drawn_mask, read_settings, read_upload
 from stable_cascade.cli.main import main
 from stable_cascade.drawing import Drawing, Drawn, Session, read_drawing, save_image
-from stable_cascade.drawing.images import decibels
+from stable_cascade.drawing.files import decibels
 from stable_cascade.drawing.request import STRENGTHS
 
 QUICK = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "new_seed": False}

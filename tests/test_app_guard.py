@@ -5,8 +5,7 @@ import asyncio
 import pytest
 
 from stable_cascade import bounds
-from stable_cascade.app.guard import Guard
-from stable_cascade.app.serving import bytes_in
+from stable_cascade.app.serving import Guard, bytes_in
 
 OWN = [(b"host", b"127.0.0.1:7860"), (b"content-length", b"4")]
 

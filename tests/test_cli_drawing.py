@@ -293,7 +293,7 @@ def test_numbers_behind_a_path(here, text, most, expected):
 
 def test_output_names_the_image(tmp_path, monkeypatch):
     """One image gets the name, several a number each, and none that is there is overwritten."""
-    from stable_cascade.cli import drawing_output
+    from stable_cascade.cli import drawing
 
     def save(drawn, path):
         path.write_text(drawn)
@@ -301,8 +301,8 @@ def test_output_names_the_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr("stable_cascade.drawing.metadata.save_image", save)
     wanted = tmp_path / "deep/apple.png"
-    drawing_output.check_targets({"output": wanted})
-    assert drawing_output.new_path(wanted, "a", None) == wanted
-    assert drawing_output.new_path(wanted, "b", None).name == "apple-2.png"
-    assert [drawing_output.new_path(wanted, "c", number).name for number in range(2)] == ["apple-0.png", "apple-1.png"]
+    drawing.check_targets({"output": wanted})
+    assert drawing.new_path(wanted, "a", None) == wanted
+    assert drawing.new_path(wanted, "b", None).name == "apple-2.png"
+    assert [drawing.new_path(wanted, "c", number).name for number in range(2)] == ["apple-0.png", "apple-1.png"]
     assert wanted.read_text() == "a"

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from stable_cascade import pixels
 from stable_cascade.data.images import decode_image, decode_stored
 from stable_cascade.drawing import read_image
-from stable_cascade.pipelines.outputs import to_pixels
+from stable_cascade.pipelines.call import to_pixels
 
 D50 = (0.9642, 1.0, 0.8249)
 # Columns of the matrices to XYZ, adapted to D50 (Lindbloom).

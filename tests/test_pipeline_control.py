@@ -12,7 +12,7 @@ from stable_cascade import (
     StableCascadePipeline,
     StableCascadePriorPipeline,
 )
-from stable_cascade.pipelines.inputs import seen_size, semantic_size
+from stable_cascade.pipelines.call import seen_size, semantic_size
 from tests.tiny_pipelines import (
     FAST,
     FOUR,

@@ -79,7 +79,7 @@ def test_any_size_in_steps_of_8(pipeline, height, width):
     (66, 70, 10.67, (7, 7), (18, 18)),
 ])  # fmt: skip
 def test_latent_sizes(height, width, multiple, semantic, vq):
-    from stable_cascade.pipelines.inputs import semantic_size, vq_size
+    from stable_cascade.pipelines.call import semantic_size, vq_size
 
     assert semantic_size(height, width, multiple) == semantic
     assert vq_size(height, width) == vq

@@ -13,11 +13,11 @@ from stable_cascade.config import LoraConfig, load_config
 from stable_cascade.data.prepare import prepare_shards
 from stable_cascade.drawing import read_drawing, read_image
 from stable_cascade.files import lora
-from stable_cascade.files.detection import describe
 from stable_cascade.files.headers import read_header
 from stable_cascade.files.json_files import read_json
+from stable_cascade.files.places import describe
 from stable_cascade.files.tensor_files import read_weights
-from stable_cascade.pipelines.outputs import to_pixels
+from stable_cascade.pipelines.call import to_pixels
 
 
 def prompts_of(path):

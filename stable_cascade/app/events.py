@@ -11,8 +11,7 @@ from typing import Any
 import gradio as gr
 
 from .actions import random_seed
-from .form import FIELDS, LORAS, NONE, Form, lora_files, read_form
-from .history import with_newest
+from .form import FIELDS, LORAS, NONE, Form, lora_files, read_form, with_newest
 from .studio import Progress, Studio
 
 logger = logging.getLogger(__name__)

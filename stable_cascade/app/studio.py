@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from stable_cascade.drawing.images import decibels
+from stable_cascade.drawing.files import decibels
 
 from .actions import Known, Wish, described, filter_name, random_seed, settings_of, upload, wish
-from .form import NONE, Form, controlnet_paths, lora_files
-from .history import History, values_of
-from .runs import Run, Step, Stopped
+from .form import NONE, Form, History, controlnet_paths, lora_files, values_of
 from .settings import PageSettings
 from .uploads import read_settings, read_upload
 
 if TYPE_CHECKING:
     from stable_cascade.drawing import Session
+
 
 PAUSE = 0.1
 """Seconds between two steps that are shown; more of them nobody sees, and each costs the browser a request."""
@@ -56,7 +57,7 @@ class Studio:
     @property
     def side(self) -> int:
         """The side of a square image that the model was trained on."""
-        from stable_cascade.pipelines.inputs import default_side
+        from stable_cascade.pipelines.call import default_side
 
         return default_side(self.session.pipeline.config["resolution_multiple"])
 
@@ -161,7 +162,7 @@ def filtered(image: Image.Image, name: str, side: int) -> Image.Image:
     """
     from stable_cascade.controls import make_filter, view_control
     from stable_cascade.data.images import resize_to_cover
-    from stable_cascade.pipelines.outputs import to_images, to_pixels
+    from stable_cascade.pipelines.call import to_images, to_pixels
 
     pixels = resize_to_cover(to_pixels(image)[0], (side, side))[None]
     return to_images(view_control(make_filter(name)(pixels)), "pil")[0]
@@ -169,3 +170,87 @@ def filtered(image: Image.Image, name: str, side: int) -> Image.Image:
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
+
+
+class Stopped(Exception):
+    """Raised in the drawing's thread once it is asked to stop."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampling step that is done."""
+
+    stage: str
+    step: int
+    total: int
+    preview: Image.Image | None
+
+
+class Run:
+    """Runs `work(on_step)` in a thread; `news()` gives its steps and what it yields.
+
+    Args:
+        work: takes an `on_step` to call after every step, and yields results.
+    """
+
+    def __init__(self, work: Callable[[Callable[..., None]], Iterable[Any]]) -> None:
+        self._work = work
+        self._stop = threading.Event()
+        self._news: deque[Any] = deque()
+        self._told = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
+
+    def stop(self) -> None:
+        """Ends the work at its next step."""
+        self._stop.set()
+
+    def news(self) -> Iterator[Any]:
+        """Steps and results, the steps thinned out to the newest; ends when the work does.
+
+        Leaving it early stops the work and waits for it, so that the next run finds the model free.
+
+        Raises:
+            Stopped: it was asked to stop.
+            Exception: whatever the work raised.
+        """
+        self._thread.start()
+        try:
+            while not isinstance(one := self._next(), _End):
+                yield one
+            if one.error is not None:
+                raise one.error
+        finally:
+            self.stop()
+            self._thread.join()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            for result in self._work(self._on_step):
+                self._tell(result)
+        except BaseException as raised:  # whatever it is, the reader gets it; a thread would only print it
+            error = raised
+        self._tell(_End(error))
+
+    def _on_step(self, stage: str, step: int, total: int, preview: Image.Image | None = None) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self._tell(Step(stage, step, total, preview))
+
+    def _tell(self, one: Any) -> None:
+        with self._told:
+            if self._news and isinstance(one, Step) and isinstance(self._news[-1], Step):
+                self._news[-1] = one  # nobody looked at the one before
+            else:
+                self._news.append(one)
+            self._told.notify()
+
+    def _next(self) -> Any:
+        with self._told:
+            self._told.wait_for(lambda: self._news)
+            return self._news.popleft()
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None

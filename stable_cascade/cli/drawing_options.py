@@ -18,7 +18,7 @@ from stable_cascade.drawing.request import (
     InputFile,
     LoraChoice,
 )
-from stable_cascade.pipelines.knobs import KNOBS
+from stable_cascade.pipelines.call import KNOBS
 from stable_cascade.wording import brief, quoted
 
 LONGEST_LIST = 2**20

@@ -11,10 +11,8 @@ from typing import Any, NoReturn
 
 import stable_cascade
 from stable_cascade.cli.app import add_app
-from stable_cascade.cli.conversion import add_convert
 from stable_cascade.cli.drawing import DRAWING_COMMANDS
-from stable_cascade.cli.inspection import add_inspect
-from stable_cascade.cli.publish import add_publish
+from stable_cascade.cli.files import add_convert, add_inspect, add_publish
 from stable_cascade.cli.train import add_cache, add_estimate, add_train
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .images import read_image
+    from .files import read_image
     from .inputs import InputImages
     from .metadata import read_drawing, read_record, save_image
     from .request import ControlChoice, Drawing, InputFile, LoraChoice

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .detection import Description, LoraFacts, describe
+    from .detection import Description, LoraFacts
     from .headers import read_header
     from .networks import KEY_MAPS, from_original, merge_checkpoint, split_checkpoint, to_original
+    from .places import describe
 
 __all__ = [
     "KEY_MAPS",

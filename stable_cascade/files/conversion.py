@@ -18,10 +18,10 @@ from stable_cascade.wording import brief, quoted
 
 from . import clip, controlnet
 from .contents import Contents, Network, component_name, read_networks, same_values
-from .folders import INDEX
 from .json_files import write_configs
 from .loading import check_fit, clip_config, clip_on_meta, on_meta, resolve_config
 from .networks import KEY_MAPS, NETWORK, STAGES, merge_checkpoint, to_bare
+from .places import INDEX
 from .presets import CLIP_CONFIGS, PRESETS
 from .signatures import size_of
 from .tensor_files import check_target, whole, write_tensors

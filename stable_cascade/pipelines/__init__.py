@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from .call import StableCascadePriorPipelineOutput
     from .decoder import StableCascadeDecoderPipeline
-    from .outputs import StableCascadePriorPipelineOutput
     from .prior import StableCascadePriorPipeline
     from .reconstruction import StableCascadeReconstructionPipeline
     from .source import outpaint

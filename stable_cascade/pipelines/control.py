@@ -14,8 +14,7 @@ from torch import Tensor
 
 from stable_cascade.models.controlnet import StableCascadeControlNet, StableCascadeMultiControlNet
 
-from .knobs import is_number
-from .outputs import from_array
+from .call import from_array, is_number
 from .sampling import Control
 
 PIL_MODES = {1: ("L", "1"), 3: ("RGB",), 4: ("RGBA",)}

@@ -11,11 +11,9 @@ from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
-from .folders import FromFolderMixin
+from .call import Sampling, check_output_type, check_size
 from .habits import HabitsMixin, VAETilingMixin
-from .inputs import check_size
-from .knobs import Sampling
-from .outputs import check_output_type
+from .load import FromFolderMixin
 from .prompts import EncodePromptMixin, PromptArguments
 from .source import Source, read_source
 from .stages import CALLBACK_TENSORS, begin, decode, draw_vq, embed_text, stage_settings, step_callback

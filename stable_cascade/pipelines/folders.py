@@ -1,13 +1,14 @@
-"""Pipelines from folders and Hub repositories, in diffusers' layout: ours, and Stability's two."""
+"""The components of a pipeline in folders: which folder or repository has which, and loading one from its folder."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,141 +16,15 @@ from stable_cascade.components import COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.files.headers import read_header
 from stable_cascade.files.json_files import read_config
-from stable_cascade.models.base import check_no_adapter, check_whole
+from stable_cascade.hub import ask
+from stable_cascade.models.base import check_whole
 from stable_cascade.wording import brief, quoted
 
-from .habits import under_our_names, without_foreign
-from .hub import HUB_OPTIONS
-from .places import WITHOUT_WEIGHTS, check_places, find, folders_of, has_variant, small_networks
+from .habits import OF_PRIOR
 
 logger = logging.getLogger(__name__)
 
 PRIOR_SHIFT = 2.0
-_WITHOUT_EFFECT = ("low_cpu_mem_usage", "use_safetensors", "disable_mmap", "load_connected_pipeline")
-"""Arguments of diffusers that ask for what is always done here."""
-
-
-class FromFolderMixin:
-    """`from_pretrained` that knows every component by its name, and which of Stability's folders has which."""
-
-    if TYPE_CHECKING:  # what the pipeline beside this mixin has, its components among it
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        prior_pretrained_model_name_or_path: str | Path | None = None,
-        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
-        variant: str | None = None,
-        lite: bool | str | Sequence[str] = False,
-        **kwargs: Any,
-    ) -> Any:
-        """A pipeline from a folder, or a Hub repository, in diffusers' layout.
-
-        Args:
-            pretrained_model_name_or_path: a whole cascade, or Stability's `stable-cascade` or `stable-cascade-prior`.
-            prior_pretrained_model_name_or_path: where Stage C's parts are, when the first has none; by default the
-                first with `-prior` appended.
-            torch_dtype: of the networks, or of each by name and of the others as `default`; a torch type, its name, or
-                `auto` for what the files hold; by default float32.
-            variant: `bf16` and the like, part of the weights' file names; a component without it is loaded plain.
-            lite: True for the small networks of both stages, `prior_lite` and `decoder_lite`, or the names of those
-                that are to be small, `("prior",)`.
-            **kwargs: components by name to use instead of the folder's, config values, and Hub options (revision,
-                token, cache_dir, local_files_only). `device_map`: a device to put the pipeline on.
-
-        Raises:
-            ValueError: a component is in no folder, no component has the variant, or an unknown keyword.
-        """
-        needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
-        torch_dtype = kwargs.pop("dtype", torch_dtype)
-        device = device_of(kwargs.pop("device_map", None))
-        kwargs = without_foreign(under_our_names(kwargs) if "decoder" in needed and "prior" in needed else kwargs)
-        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
-        unknown = sorted(set(kwargs) - set(needed) - set(settings))
-        if unknown:
-            nearest = difflib.get_close_matches(unknown[0], [*needed, *settings, *HUB_OPTIONS], n=1, cutoff=0)
-            raise ValueError(f"from_pretrained has no argument '{unknown[0]}'; nearest: '{nearest[0]}'")
-        missing = [name for name in needed if name not in kwargs]
-        small = small_networks(lite, missing)
-        folders = folders_of(
-            pretrained_model_name_or_path, prior_pretrained_model_name_or_path, missing, small, variant, hub
-        )
-        optional: Sequence[str] = cls._optional_components  # type: ignore[attr-defined]
-        places = {name: find(cls.__name__, name, folders, small) for name in missing}
-        check_places(cls.__name__, places, optional, folders, variant, small)
-        parts: dict[str, Any] = dict.fromkeys(places)
-        for name, place in places.items():
-            if place is not None:
-                of_prior = name == "prior_scheduler" or "Prior" in cls.__name__
-                dtype = dtype_of(torch_dtype, name, place)
-                parts[name] = load_folder(name, place, dtype, variant, of_prior=of_prior)
-        values = {key: value for _, index in folders for key, value in index.items() if key in settings}
-        made = cls(**(values | parts | kwargs))
-        return made if device is None else made.to(device)  # type: ignore[attr-defined]
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes every component and `model_index.json` into a folder; arguments as diffusers has them.
-
-        Raises:
-            ValueError: a component carries a LoRA.
-        """
-        for name, part in self.components.items():
-            check_no_adapter(part, name)
-        super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def from_single_file(cls, *files: str | Path, **kwargs: Any) -> Any:
-        """A pipeline from single files: ComfyUI's checkpoints, or the original's files.
-
-        Args:
-            *files: weights files, Stage C's and Stage B's first; each is recognised by what is in it, and one may hold
-                several components.
-            **kwargs: `stage_c`, `stage_b`: these two by name. Components by name: a file, a folder, a Hub name, or the
-                component itself; `tokenizer` is in no weights file. `config`: a pipeline's folder, or component ->
-                config, for networks of one's own size. `torch_dtype` as in `from_pretrained`, and config values.
-
-        Raises:
-            ValueError: a file holds something else than its name says, or components are missing.
-        """
-        from .single_file import pipeline_of_files
-
-        return pipeline_of_files(cls, files, **kwargs)
-
-    def register_components(self, **components: Any) -> None:
-        """Registers the components; diffusers' scheduler and networks become ours."""
-        for name in ("scheduler", "prior_scheduler"):
-            if type(components.get(name)).__name__ == "DDPMWuerstchenScheduler":
-                of_prior = name == "prior_scheduler" or ("prior" in components and "decoder" not in components)
-                components[name] = own_scheduler(dict(components[name].config), of_prior)
-        for name in ("prior", "decoder", "vqgan"):
-            if type(components.get(name)).__name__ in ("StableCascadeUNet", "PaellaVQModel"):
-                components[name] = _own_network(name, components[name])
-        self.register_modules(**components)
-        types = {name: part.dtype for name, part in components.items() if isinstance(part, torch.nn.Module)}
-        if len(set(types.values())) > 1:
-            told = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in types.items())
-            logger.warning("components of different types (%s); pass torch_dtype, or call .to(dtype)", told)
-
-    def _own_scheduler(self, name: str, scheduler: Any) -> Any:
-        """Ours in place of diffusers' one.
-
-        Raises:
-            ValueError: another kind of scheduler.
-        """
-        if type(scheduler).__name__ == "DDPMWuerstchenScheduler":
-            alone = "prior" in self.config and "decoder" not in self.config
-            return own_scheduler(dict(scheduler.config), name == "prior_scheduler" or alone)
-        if not hasattr(scheduler, "noise_condition"):
-            raise ValueError(
-                f"{name} {type(scheduler).__name__} does not know Stable Cascade's noise; give a "
-                "StableCascadeScheduler, or diffusers' DDPMWuerstchenScheduler"
-            )
-        return scheduler
 
 
 def device_of(device_map: Any) -> torch.device | None:
@@ -243,7 +118,7 @@ def own_scheduler(config: dict[str, Any], of_prior: bool) -> Any:
     return StableCascadeScheduler.from_config(config, **shift)
 
 
-def _own_network(name: str, network: Any) -> Any:
+def own_network(name: str, network: Any) -> Any:
     """Our network with the parameters of diffusers' one, so that what changes one (`to`, training) changes both."""
     from stable_cascade.files.loading import on_meta
 
@@ -252,3 +127,195 @@ def _own_network(name: str, network: Any) -> Any:
     model = on_meta(COMPONENTS[name].load_class(), config)
     model.load_state_dict(network.state_dict(keep_vars=True), strict=True, assign=True)
     return model.train(network.training)
+
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_PLAIN = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?")
+
+
+def hub_folder(
+    name: str, parts: Sequence[str], variant: str | None, options: Mapping[str, Any], files: Iterable[str] = ()
+) -> Path:
+    """The local copy of a repository: these parts' folders, each in its variant where it has one, and single files.
+
+    Raises:
+        HubError: the Hub does not know the repository, or cannot be reached and nothing is in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    options = {key: value for key, value in options.items() if key != "proxies"}
+    listed = ask(name, partial(_listed, name), **options) if parts else None
+    wanted = ["model_index.json", *files]
+    for part in parts:
+        wanted += [f"{part}/*.json", f"{part}/*.txt", *_weights(part, variant, listed)]
+    return Path(ask(name, partial(snapshot_download, name, allow_patterns=wanted), **options))
+
+
+def _listed(name: str, **options: Any) -> list[str] | None:
+    """The repository's files; None where the Hub cannot be asked, and the cache decides."""
+    if options.get("local_files_only"):
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi(token=options.get("token")).list_repo_files(name, revision=options.get("revision"))
+    except Exception:  # the download says what is wrong, unless the cache has it all
+        return None
+
+
+def _weights(part: str, variant: str | None, listed: list[str] | None) -> list[str]:
+    """The weights files of a part, or patterns of their names."""
+    if listed is None:
+        return [f"{part}/*.{variant}*" if variant else f"{part}/*model*.safetensors*"]
+    names = [path.removeprefix(f"{part}/") for path in listed if path.startswith(f"{part}/")]
+    of_variant = [name for name in names if variant and re.search(rf"\.{re.escape(variant)}[.-]", name)]
+    return [f"{part}/{name}" for name in of_variant or [name for name in names if _PLAIN.fullmatch(name)]]
+
+
+INDEX = "model_index.json"
+PRIOR_PARTS = ("prior", "prior_scheduler", "text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+LITE = ("prior", "decoder")
+"""Components with a small network beside the large one, in a folder `<name>_lite`."""
+ROOT_FILES = {name: f"{part.file}.safetensors" for name, part in COMPONENTS.items() if part.single}
+"""What Stability's repository has as single files only."""
+WITHOUT_WEIGHTS = tuple(name for name, part in COMPONENTS.items() if not part.title)
+
+Folders = list[tuple[Path, dict[str, Any]]]
+"""Folders with their indexes; where there are two, the first is Stage C's own."""
+
+
+def folders_of(
+    name: str | Path,
+    prior_name: str | Path | None,
+    missing: list[str],
+    small: Sequence[str],
+    variant: str | None,
+    hub: dict[str, Any],
+) -> Folders:
+    """Where the components are: one folder, or Stage C's own and another."""
+    folder = _folder(name, missing, small, variant, hub)
+    index = _index(folder)
+    has_prior = any(_place(folder, _folder_name(alias, small), index) for alias in _aliases("", "prior", index))
+    if prior_name is None and "prior" in missing and not has_prior:
+        beside = f"{name}-prior"
+        prior_name = beside if local_path(beside).is_dir() or not local_path(name).is_dir() else None
+    folders = [(folder, index)]
+    if prior_name is not None:
+        prior_folder = _folder(prior_name, [part for part in missing if part in PRIOR_PARTS], small, variant, hub)
+        folders.insert(0, (prior_folder, _index(prior_folder)))
+    return folders
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    return read_config(path) if path.exists() else {}
+
+
+def _folder(
+    name: str | Path, parts: list[str], small: Sequence[str], variant: str | None, hub: dict[str, Any]
+) -> Path:
+    """The local folder, or the Hub repository's, downloaded as far as the parts need it."""
+    path = local_path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
+        raise ValueError(f"'{name}' is no folder and no Hub name; give a folder in diffusers' layout, or 'owner/name'")
+    folders = [_folder_name(part, small) for part in parts]
+    return hub_folder(
+        str(name), [*folders, "scheduler"], variant, hub, [ROOT_FILES[part] for part in parts if part in ROOT_FILES]
+    )
+
+
+def small_networks(lite: bool | str | Sequence[str], needed: Sequence[str]) -> tuple[str, ...]:
+    """The components whose small network is meant.
+
+    Raises:
+        ValueError: one that has none.
+    """
+    if isinstance(lite, bool):
+        return tuple(name for name in LITE if lite and name in needed)
+    names = (lite,) if isinstance(lite, str) else tuple(lite)
+    wrong = [name for name in names if name not in LITE]
+    if wrong:
+        raise ValueError(f"lite names '{wrong[0]}'; only {' and '.join(LITE)} have a small network")
+    return names
+
+
+def _folder_name(name: str, small: Sequence[str]) -> str:
+    return f"{name}_lite" if name in small else name
+
+
+def _place(folder: Path, name: str, index: dict[str, Any]) -> Path | None:
+    """Where a folder keeps a component; None when it has none or says that there is none."""
+    place = folder / name
+    if index.get(name, ["", ""]) in ([None, None], None) or not place.is_dir():
+        file = folder / ROOT_FILES.get(name, "")
+        return file if name in ROOT_FILES and file.is_file() else None
+    # Stability's repository keeps ControlNets of the original's format in a folder of this name.
+    if name == "controlnet" and not (place / "config.json").is_file() and not (place / "0").is_dir():
+        return None
+    return place
+
+
+def find(pipeline: str, name: str, folders: Folders, small: Sequence[str]) -> Path | None:
+    """The component's folder, or its single file in the repository's root; None for neither."""
+    for position, (folder, index) in enumerate(folders):
+        # Stage C's parts come from its own folder when there is one, the others never do.
+        if len(folders) > 1 and position == 0 and name not in PRIOR_PARTS:
+            continue
+        for alias in _aliases(pipeline, name, index, own_folder=len(folders) > 1 and position == 0):
+            place = _place(folder, _folder_name(alias, small), index)
+            if place is not None:
+                return place
+    return None
+
+
+def check_places(
+    pipeline: str,
+    places: dict[str, Path | None],
+    optional: Sequence[str],
+    folders: Folders,
+    variant: str | None,
+    small: Sequence[str] = (),
+) -> None:
+    """Passes when every component has a place, and the variant is there.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    where = " or ".join(f"'{folder}'" for folder, _ in folders)
+    for name, place in places.items():
+        if place is None and name not in optional:
+            lite = f" ('{_folder_name(name, small)}')" if name in small else ""
+            raise ValueError(f"{pipeline} needs '{name}'{lite}, and {where} has no such folder; pass {name}=…")
+    weighty = [place for name, place in places.items() if place and place.is_dir() and name not in WITHOUT_WEIGHTS]
+    if variant and weighty and not any(has_variant(place, variant) for place in weighty):
+        known = sorted({found for place in weighty for found in _variants(place)})
+        known_text = f"it has {', '.join(known)}" if known else "it has none"
+        raise ValueError(
+            f"no component in {where} has weights of the variant '{variant}'; {known_text}, or leave it out"
+        )
+
+
+def has_variant(place: Path, variant: str) -> bool:
+    """Whether a component's folder has weights of a variant."""
+    return variant in _variants(place)
+
+
+def _variants(place: Path) -> set[str]:
+    """The variants that a component's weights come in: the word before `.safetensors` and the like."""
+    names = [path.name for path in place.glob("**/*model*")] if place.is_dir() else []
+    found = (re.search(r"model\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$", name) for name in names)
+    return {match[1] for match in found if match}
+
+
+def _aliases(pipeline: str, name: str, index: dict[str, Any], *, own_folder: bool = False) -> tuple[str, ...]:
+    """Folders in which a component may lie: Stage C's scheduler is `scheduler` where Stage C lives alone."""
+    alone = own_folder or "decoder" not in index
+    if name == "prior_scheduler" and alone:
+        return ("prior_scheduler", "scheduler")
+    if name == "scheduler" and "Prior" in pipeline:
+        return ("prior_scheduler", "scheduler") if alone else ("prior_scheduler",)
+    # diffusers' whole pipeline saves Stage C's parts under names of its own.
+    names = (name, f"prior_{name}") if f"prior_{name}" in OF_PRIOR else (name,)
+    return names[::-1] if "Prior" in pipeline else names

@@ -11,12 +11,10 @@ from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
+from .call import Sampling, StableCascadePriorPipelineOutput, check_output_type, default_side, whole
 from .control import as_component, read_control
-from .folders import FromFolderMixin
 from .habits import HabitsMixin
-from .inputs import default_side
-from .knobs import Sampling, whole
-from .outputs import StableCascadePriorPipelineOutput, check_output_type
+from .load import FromFolderMixin
 from .prompts import EncodePromptMixin, PromptArguments, embed_images
 from .source import read_source
 from .stages import (

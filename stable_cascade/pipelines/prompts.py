@@ -12,9 +12,7 @@ from torch import Tensor
 
 from stable_cascade.models.clip import attended_tokens, clip_pixels, encode_windows, prompt_windows
 
-from .inputs import check_count, prompt_list
-from .knobs import whole
-from .outputs import to_pixels
+from .call import check_count, prompt_list, to_pixels, whole
 from .sampling import Text, repeat_text
 
 Embedded = tuple[Tensor, Tensor]

@@ -10,10 +10,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from torch import Generator, Tensor
 
-from .folders import FromFolderMixin
+from .call import Sampling, is_number, to_pixels
 from .habits import HabitsMixin, VAETilingMixin
-from .knobs import Sampling, is_number
-from .outputs import to_pixels
+from .load import FromFolderMixin
 from .prompts import PromptArguments
 from .source import read_source
 from .stages import (

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from stable_cascade.diffusion.guidance import GUIDANCES, Guided
 from stable_cascade.models.unet import DeepCache
 
-from .inputs import Generators, vq_size
-from .knobs import Sampling, checked
+from .call import Generators, Sampling, checked, vq_size
 
 OnStep = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Any]]
 """(step, time, tensors `latents` and `clean`) -> those that change, the `guidance_scale` from then on, `interrupt`."""

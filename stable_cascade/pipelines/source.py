@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .inputs import SMALLEST_SIDE, check_size
-from .knobs import is_number, whole
-from .outputs import from_array, in_range, to_images, to_pixels
+from .call import SMALLEST_SIDE, check_size, from_array, in_range, is_number, to_images, to_pixels, whole
 from .sampling import Settings
 
 STRENGTH = 0.75

@@ -11,20 +11,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .control import ControlInput, run_control
-from .inputs import (
+from .call import (
     Generators,
     check_count,
     check_guidance,
+    check_output_type,
     check_size,
     check_steps,
     check_times,
+    checked,
+    is_number,
     resolve_generator,
     seen_size,
     semantic_size,
+    to_images,
+    whole,
 )
-from .knobs import checked, is_number, whole
-from .outputs import check_output_type, to_images
+from .control import ControlInput, run_control
 from .prompts import PromptArguments, embed_images, encode
 from .sampling import (
     Kept,

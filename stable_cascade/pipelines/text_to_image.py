@@ -12,12 +12,11 @@ from torch import Generator, Tensor
 
 from stable_cascade.adapters.loaders import StableCascadeLoraLoaderMixin
 
+from .call import Sampling, default_side
 from .control import as_component, read_control
 from .decoder import StableCascadeDecoderPipeline
-from .folders import FromFolderMixin
 from .habits import OF_PRIOR, HabitsMixin, OtherName, VAETilingMixin, with_diffusers_names
-from .inputs import default_side
-from .knobs import Sampling
+from .load import FromFolderMixin
 from .prior import StableCascadePriorPipeline
 from .prompts import EncodePromptMixin, PromptArguments
 from .source import read_source

@@ -1,16 +1,18 @@
-"""What a folder is: one network, a whole pipeline, a training with its checkpoints, or files beside each other."""
+"""What lies at a path: a file of weights, a network's or pipeline's folder, a training, a shard."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from stable_cascade.disk import local_path
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief, quoted
 
-from .detection import KNOWN, Description, describe, describe_tensors
-from .headers import TensorInfo, read_header
+from .detection import KNOWN, Description, describe_tensors
+from .headers import TensorInfo, file_type, read_header, read_pickled
 from .json_files import read_json
 from .networks import KEY_MAPS
 
@@ -19,6 +21,25 @@ WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "learned_
 """Beginnings of the names of weights files in a network's folder, the first that is there counts."""
 MAX_FILES = 64
 MAX_CONFIG = 256 * 1024
+
+
+def describe(path: str | PathLike[str]) -> Description:
+    """What a file or folder is.
+
+    Raises:
+        ValueError: there is none, it is damaged, or nothing that is known here; the error names what was found.
+    """
+    place = local_path(path)
+    if place.is_dir():
+        return describe_folder(place)
+    kind = file_type(place)
+    if kind == "tar":
+        return Description(place.name, "shard", bytes=place.stat().st_size)
+    if kind == "pickle":
+        found = describe_tensors(read_pickled(place), place.name, size=place.stat().st_size)
+        return replace(found, notes=(*found.notes, "a pickle file: only its tensors are read; .safetensors is safer"))
+    header = read_header(place)
+    return describe_tensors(header.tensors, place.name, metadata=header.metadata, size=header.size)
 
 
 def describe_folder(place: Path) -> Description:

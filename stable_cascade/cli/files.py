@@ -1,4 +1,4 @@
-"""`stable-cascade convert IN OUT --to FORMAT`: networks, LoRA files and learned tokens in another tool's format."""
+"""Commands about files of weights: inspect, convert, convert-lora, publish."""
 
 from __future__ import annotations
 
@@ -106,3 +106,64 @@ def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], what: str) ->
     given = next((name for name in names if getattr(arguments, name) is not None), None)
     if given is not None:
         raise ValueError(f"--{given.replace('_', '-')} is not for {what}; leave it out")
+
+
+def add_inspect(commands: Any) -> None:
+    """Adds `inspect FILE…`."""
+    parser = commands.add_parser(
+        "inspect",
+        help="say what a weights file or folder is",
+        description="Says what a file or folder is: component, size, format, types, LoRA rank and targets, metadata, "
+        "the training's config. Reads headers only, never tensors, and runs nothing.",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="weights file, LoRA, pipeline or training folder")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, or a list of them for several FILEs"
+    )
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    import json
+
+    from stable_cascade.files import describe
+    from stable_cascade.redaction import redacted
+
+    found = [describe(file) for file in arguments.files]
+    if arguments.json:
+        shown = [one.as_dict() for one in found]
+        print(json.dumps(redacted(shown[0] if len(shown) == 1 else shown), indent=1))
+        return
+    for one in found:
+        print(redacted(str(one)))
+
+
+def add_publish(commands: Any) -> None:
+    """Adds `publish FOLDER --repo NAME`."""
+    parser = commands.add_parser(
+        "publish",
+        help="upload a trained model to the Hugging Face hub",
+        description="Writes a model card into an exported model and uploads both. A README.md that is already there "
+        "is kept, so it can be written with --card-only, edited and uploaded.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="final/ of a training, or export/ of one of its checkpoints")
+    parser.add_argument("--repo", required=True, metavar="NAME", help="repository, as owner/name or name")
+    parser.add_argument("--private", action="store_true", help="make the repository a private one")
+    parser.add_argument("--card-only", action="store_true", help="write the card and upload nothing")
+    parser.set_defaults(run=_publish)
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from stable_cascade.training.model_card import CARD, recorded_settings, write_model_card
+    from stable_cascade.training.publishing import check_token, push_to_hub
+
+    folder = Path(arguments.folder)
+    repo = arguments.repo if arguments.card_only else check_token(arguments.repo)
+    if (folder / CARD).exists():
+        print(f"keeping {folder / CARD}")
+    else:
+        print(f"model card: {write_model_card(folder, recorded_settings(folder), repo)}")
+    if not arguments.card_only:
+        print(f"uploaded {folder} to {push_to_hub(folder, repo, private=arguments.private)}")

@@ -1,25 +1,168 @@
-"""Pipelines from single weights files: ComfyUI's checkpoints of several networks each, or the original's files."""
+"""The one way to load a pipeline: from folders and Hub repositories in diffusers' layout, and from single files."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stable_cascade.components import CLIP, COMPONENTS
 from stable_cascade.disk import local_path
 from stable_cascade.embedded import embedded_path
-from stable_cascade.files.detection import Description, describe
+from stable_cascade.files.detection import Description
 from stable_cascade.files.json_files import read_config
 from stable_cascade.files.loading import hub_file, load_clip_file
+from stable_cascade.files.places import describe
+from stable_cascade.models.base import check_no_adapter
 from stable_cascade.wording import brief, quoted
 
-from .folders import PRIOR_SHIFT, dtype_of, load_folder
-from .places import INDEX
+from .folders import (
+    HUB_OPTIONS,
+    INDEX,
+    PRIOR_SHIFT,
+    check_places,
+    device_of,
+    dtype_of,
+    find,
+    folders_of,
+    load_folder,
+    own_network,
+    own_scheduler,
+    small_networks,
+)
+from .habits import under_our_names, without_foreign
+
+logger = logging.getLogger(__name__)
+
+_WITHOUT_EFFECT = ("low_cpu_mem_usage", "use_safetensors", "disable_mmap", "load_connected_pipeline")
+"""Arguments of diffusers that ask for what is always done here."""
+
+
+class FromFolderMixin:
+    """`from_pretrained` that knows every component by its name, and which of Stability's folders has which."""
+
+    if TYPE_CHECKING:  # what the pipeline beside this mixin has, its components among it
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        prior_pretrained_model_name_or_path: str | Path | None = None,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        variant: str | None = None,
+        lite: bool | str | Sequence[str] = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A pipeline from a folder, or a Hub repository, in diffusers' layout.
+
+        Args:
+            pretrained_model_name_or_path: a whole cascade, or Stability's `stable-cascade` or `stable-cascade-prior`.
+            prior_pretrained_model_name_or_path: where Stage C's parts are, when the first has none; by default the
+                first with `-prior` appended.
+            torch_dtype: of the networks, or of each by name and of the others as `default`; a torch type, its name, or
+                `auto` for what the files hold; by default float32.
+            variant: `bf16` and the like, part of the weights' file names; a component without it is loaded plain.
+            lite: True for the small networks of both stages, `prior_lite` and `decoder_lite`, or the names of those
+                that are to be small, `("prior",)`.
+            **kwargs: components by name to use instead of the folder's, config values, and Hub options (revision,
+                token, cache_dir, local_files_only). `device_map`: a device to put the pipeline on.
+
+        Raises:
+            ValueError: a component is in no folder, no component has the variant, or an unknown keyword.
+        """
+        needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        torch_dtype = kwargs.pop("dtype", torch_dtype)
+        device = device_of(kwargs.pop("device_map", None))
+        kwargs = without_foreign(under_our_names(kwargs) if "decoder" in needed and "prior" in needed else kwargs)
+        hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
+        unknown = sorted(set(kwargs) - set(needed) - set(settings))
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], [*needed, *settings, *HUB_OPTIONS], n=1, cutoff=0)
+            raise ValueError(f"from_pretrained has no argument '{unknown[0]}'; nearest: '{nearest[0]}'")
+        missing = [name for name in needed if name not in kwargs]
+        small = small_networks(lite, missing)
+        folders = folders_of(
+            pretrained_model_name_or_path, prior_pretrained_model_name_or_path, missing, small, variant, hub
+        )
+        optional: Sequence[str] = cls._optional_components  # type: ignore[attr-defined]
+        places = {name: find(cls.__name__, name, folders, small) for name in missing}
+        check_places(cls.__name__, places, optional, folders, variant, small)
+        parts: dict[str, Any] = dict.fromkeys(places)
+        for name, place in places.items():
+            if place is not None:
+                of_prior = name == "prior_scheduler" or "Prior" in cls.__name__
+                dtype = dtype_of(torch_dtype, name, place)
+                parts[name] = load_folder(name, place, dtype, variant, of_prior=of_prior)
+        values = {key: value for _, index in folders for key, value in index.items() if key in settings}
+        made = cls(**(values | parts | kwargs))
+        return made if device is None else made.to(device)  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes every component and `model_index.json` into a folder; arguments as diffusers has them.
+
+        Raises:
+            ValueError: a component carries a LoRA.
+        """
+        for name, part in self.components.items():
+            check_no_adapter(part, name)
+        super().save_pretrained(local_path(save_directory), *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_single_file(cls, *files: str | Path, **kwargs: Any) -> Any:
+        """A pipeline from single files: ComfyUI's checkpoints, or the original's files.
+
+        Args:
+            *files: weights files, Stage C's and Stage B's first; each is recognised by what is in it, and one may hold
+                several components.
+            **kwargs: `stage_c`, `stage_b`: these two by name. Components by name: a file, a folder, a Hub name, or the
+                component itself; `tokenizer` is in no weights file. `config`: a pipeline's folder, or component ->
+                config, for networks of one's own size. `torch_dtype` as in `from_pretrained`, and config values.
+
+        Raises:
+            ValueError: a file holds something else than its name says, or components are missing.
+        """
+        return pipeline_of_files(cls, files, **kwargs)
+
+    def register_components(self, **components: Any) -> None:
+        """Registers the components; diffusers' scheduler and networks become ours."""
+        for name in ("scheduler", "prior_scheduler"):
+            if type(components.get(name)).__name__ == "DDPMWuerstchenScheduler":
+                of_prior = name == "prior_scheduler" or ("prior" in components and "decoder" not in components)
+                components[name] = own_scheduler(dict(components[name].config), of_prior)
+        for name in ("prior", "decoder", "vqgan"):
+            if type(components.get(name)).__name__ in ("StableCascadeUNet", "PaellaVQModel"):
+                components[name] = own_network(name, components[name])
+        self.register_modules(**components)
+        types = {name: part.dtype for name, part in components.items() if isinstance(part, torch.nn.Module)}
+        if len(set(types.values())) > 1:
+            types_text = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in types.items())
+            logger.warning("components of different types (%s); pass torch_dtype, or call .to(dtype)", types_text)
+
+    def _own_scheduler(self, name: str, scheduler: Any) -> Any:
+        """Ours in place of diffusers' one.
+
+        Raises:
+            ValueError: another kind of scheduler.
+        """
+        if type(scheduler).__name__ == "DDPMWuerstchenScheduler":
+            alone = "prior" in self.config and "decoder" not in self.config
+            return own_scheduler(dict(scheduler.config), name == "prior_scheduler" or alone)
+        if not hasattr(scheduler, "noise_condition"):
+            raise ValueError(
+                f"{name} {type(scheduler).__name__} does not know Stable Cascade's noise; give a "
+                "StableCascadeScheduler, or diffusers' DDPMWuerstchenScheduler"
+            )
+        return scheduler
+
 
 TOKENIZERS = (
     ("stabilityai/stable-cascade", "tokenizer/"),
