@@ -72,10 +72,10 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 def our_batches(shard: Path) -> Iterator[int]:
     """The number of images of each batch of the library's stream, whose pixels stay bytes as for a GPU."""
-    from stable_cascade.data import index_samples, training_batches
+    from stable_cascade.data import Plan, index_samples, training_batches
 
     index = index_samples(str(shard), cache_dir=str(shard.parent / "index"))
-    stream = training_batches(index, image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS, as_stored=True)
+    stream = training_batches(index, Plan(image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS), as_stored=True)
     return (len(batch.keys) for batch in stream)
 
 

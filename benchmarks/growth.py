@@ -75,13 +75,12 @@ def step_cost(scale: Scale, side: int, batch: int) -> dict[str, float]:
 
 def images_per_second(workers: int, batches: int = 16) -> float:
     """What the data stream delivers with so many worker processes."""
-    from stable_cascade.data import index_samples, training_batches
+    from stable_cascade.data import Plan, index_samples, training_batches
 
     with tempfile.TemporaryDirectory() as folder:
         index = index_samples(str(write_shard(Path(folder) / "images.tar")), cache_dir=folder)
-        stream: Any = training_batches(
-            index, image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS, num_workers=workers
-        )
+        plan = Plan(image_size=SIDE, batch_size=4, multi_aspect_ratio=ASPECTS)
+        stream: Any = training_batches(index, plan, num_workers=workers)
         for _ in range(2):
             next(stream)
         start = time.perf_counter()

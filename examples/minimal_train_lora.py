@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from stable_cascade import StableCascadePrior, StableCascadeSemanticEncoder
 from stable_cascade.adapters import add_learned_tokens, add_lora, save_lora
 from stable_cascade.config import LoraConfig, load_config, run_main
-from stable_cascade.data import index_samples, training_batches
+from stable_cascade.data import Plan, index_samples, training_batches
 from stable_cascade.diffusion.noise import gaussian_noise, sample_generators, training_times
 from stable_cascade.diffusion.process import add_noise
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
@@ -85,11 +85,12 @@ def main(argv: list[str] | None = None) -> None:
         parameters, lr=config.lr, betas=config.adam_betas, eps=config.adam_epsilon, weight_decay=config.weight_decay,
         fused=True,
     )  # fmt: skip
-    stream = training_batches(
-        index, image_size=config.image_size, batch_size=config.batch_size, grad_accum_steps=config.grad_accum_steps,
+    plan = Plan(
+        image_size=config.image_size, batch_size=config.batch_size, grad_accum_steps=config.grad_accum_steps,
         seed=config.seed, multi_aspect_ratio=config.multi_aspect_ratio, bucket_factor=encoder.stride,
-        random_bucket_share=config.bucketeer_random_ratio, crop=config.crop, num_workers=config.num_workers,
+        random_bucket_share=config.bucketeer_random_ratio, crop=config.crop,
     )  # fmt: skip
+    stream = training_batches(index, plan, num_workers=config.num_workers)
 
     for step in tqdm(range(config.updates)):
         share = learning_rate_share(

@@ -35,8 +35,7 @@ def make_image(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 def _use_image_bytes(path: Path) -> None:
     """What trainings read: sizes first, then whole images and masks."""
-    from stable_cascade.data.image_headers import plain_size
-    from stable_cascade.data.images import decode_mask, decode_stored, image_size, in_unit_range
+    from stable_cascade.data.images import decode_mask, decode_stored, image_size, in_unit_range, plain_size
 
     data = path.read_bytes()
     plain_size(data)

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from stable_cascade.data import Plan, planned_crops, training_batches
+from stable_cascade.data.decoding import crop_place, window
+
 
 def image(width: int = 40, height: int = 30, seed: int = 0, kind: str = "PNG", **options) -> bytes:
     """An image file of smooth colours that differ with the seed."""
@@ -53,3 +56,19 @@ def write_shard(path: Path, count: int, *, start: int = 0, sizes=((40, 30), (30,
         members[f"{i:04}.txt"] = f"caption {i}\n"
         members[f"{i:04}.json"] = {"score": i, "caption": f"json {i}"}
     return write_tar(path, members)
+
+
+def batches_of(samples, **settings):
+    """`training_batches`, the fields of its plan and its other arguments in one."""
+    plan = {name: settings.pop(name) for name in list(settings) if name in Plan.__dataclass_fields__}
+    return training_batches(samples, Plan(**plan), **settings)
+
+
+def crops_of(samples, steps, **settings):
+    """`planned_crops`, the fields of its plan as keywords."""
+    return planned_crops(samples, Plan(**settings), steps)
+
+
+def crop_to(pixels, size, crop, seed):
+    """The crop that a training takes of decoded pixels."""
+    return window(pixels, size, crop_place(pixels, size, crop, seed))

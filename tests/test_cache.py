@@ -112,6 +112,13 @@ def test_a_damaged_shard_is_named(tmp_path, keep):
         TensorStore(tmp_path)
 
 
+@pytest.mark.parametrize("header", [b"[]", b'{"a": 1}', b'{"a": {}}', b"[" * 100_000])
+def test_a_header_that_is_none_is_one_line(tmp_path, header):
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"a.safetensors is damaged; delete it"):
+        TensorStore(tmp_path)
+
+
 def test_abandoned_temporary_files_go_and_young_ones_stay(tmp_path):
     old, young = tmp_path / "a-1.part", tmp_path / "b-2.part"
     old.write_bytes(b"half")

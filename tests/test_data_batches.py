@@ -13,11 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from stable_cascade.data import Batch, SampleIndex, index_samples, training_batches
-from stable_cascade.data.buckets import make_buckets
+from stable_cascade.data import Batch, SampleIndex, index_samples
 from stable_cascade.data.images import in_unit_range
-from stable_cascade.data.plan import Order, global_batches
-from tests.making_shards import encoded, image, undecodable, write_shard, write_tar
+from stable_cascade.data.plan import Order, global_batches, make_buckets
+from tests.making_shards import batches_of, encoded, image, undecodable, write_shard, write_tar
 
 SETTINGS = {"image_size": 32, "batch_size": 8, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
 
@@ -31,7 +30,7 @@ def samples(tmp_path_factory) -> SampleIndex:
 
 
 def take(samples, count: int, **changes) -> list[Batch]:
-    return list(islice(training_batches(samples, **{**SETTINGS, **changes}), count))
+    return list(islice(batches_of(samples, **{**SETTINGS, **changes}), count))
 
 
 def assert_equal(first: list[Batch], second: list[Batch]) -> None:
@@ -184,13 +183,13 @@ def test_nothing_decodable(tmp_path, workers):
 )
 def test_refusals(samples, changes, words):
     with pytest.raises(ValueError, match=words):
-        next(iter(training_batches(samples, **{**SETTINGS, **changes})))
+        next(iter(batches_of(samples, **{**SETTINGS, **changes})))
 
 
 def test_refusals_come_at_the_call(samples):
     """Not at the first batch, when the weights are loaded already."""
     with pytest.raises(ValueError, match="does not divide"):
-        training_batches(samples, **{**SETTINGS, "grad_accum_steps": 3})
+        batches_of(samples, **{**SETTINGS, "grad_accum_steps": 3})
 
 
 def test_set_smaller_than_a_batch(tmp_path):

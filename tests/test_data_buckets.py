@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from stable_cascade.data.buckets import covering_size, make_buckets
-from stable_cascade.data.crops import crop_to
 from stable_cascade.data.draws import draws, mixed, permutation, uniforms
-from stable_cascade.data.images import resize_to_cover
-from stable_cascade.data.plan import GlobalBatch, Order, check_batch_size, global_batches, micro_batches
+from stable_cascade.data.images import covering_size, resize_to_cover
+from stable_cascade.data.plan import (
+    GlobalBatch,
+    Order,
+    check_batch_size,
+    global_batches,
+    make_buckets,
+    micro_batches,
+)
 from tests.golden import FOLDER, tensors
+from tests.making_shards import crop_to
 
 SETS = json.loads((FOLDER / "bucketeer.json").read_text())["sets"]
 

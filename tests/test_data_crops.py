@@ -15,15 +15,14 @@ from PIL import Image
 
 from stable_cascade.data import (
     Batch,
+    Plan,
     SampleIndex,
     crop_batches,
     index_samples,
-    planned_crops,
-    training_batches,
     with_regularization,
 )
 from stable_cascade.data.samples import content_hash
-from tests.making_shards import encoded, image, undecodable, write_shard, write_tar
+from tests.making_shards import batches_of, crops_of, encoded, image, undecodable, write_shard, write_tar
 
 PLAN = {"image_size": 32, "batch_size": 8, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
 
@@ -40,7 +39,7 @@ def samples(tmp_path_factory) -> SampleIndex:
 
 
 def take(samples, count: int, **changes) -> list[Batch]:
-    return list(islice(training_batches(samples, **{**PLAN, **changes}), count))
+    return list(islice(batches_of(samples, **{**PLAN, **changes}), count))
 
 
 def by_identity(batches: list[Batch]) -> dict[str, list[torch.Tensor]]:
@@ -146,7 +145,7 @@ def test_naming_is_quick(samples):
 
 def test_planned_crops_are_what_training_shows(samples):
     settings = {"crops_per_image": 2, **PLAN}
-    planned = planned_crops(samples, steps=30, **settings)
+    planned = crops_of(samples, 30, **settings)
     shown = by_identity(take(samples, 30, crops_per_image=2))
     assert [crop.identity for crop in planned] != sorted(shown)
     assert {crop.identity for crop in planned} == set(shown)
@@ -154,12 +153,12 @@ def test_planned_crops_are_what_training_shows(samples):
     assert [crop.position for crop in planned if crop.size == (32, 32)] == sorted(
         crop.position for crop in planned if crop.size == (32, 32)
     )
-    options = {"batch_size": 5, "seed": 3, "crops_per_image": 2}
+    plan = Plan(image_size=32, batch_size=5, seed=3, crops_per_image=2)
     for workers in (0, 1):
-        cached = by_identity(list(crop_batches(samples, planned, num_workers=workers, **options)))
+        cached = by_identity(list(crop_batches(samples, planned, plan, batch_size=5, num_workers=workers)))
         assert cached.keys() == shown.keys()
         assert all(torch.equal(cached[name][0], shown[name][0]) for name in shown)
-    assert len(planned_crops(samples, steps=30, **PLAN)) == 240, "fresh crops are all distinct"
+    assert len(crops_of(samples, 30, **PLAN)) == 240, "fresh crops are all distinct"
 
 
 def test_plan_with_broken_images(tmp_path):
@@ -169,15 +168,15 @@ def test_plan_with_broken_images(tmp_path):
         members[f"{i:03}.txt"] = f"{i}"
     samples = indexed(write_tar(tmp_path / "a.tar", members))
     settings = {**PLAN, "multi_aspect_ratio": None}
-    first = planned_crops(samples, steps=15, crop="center", **settings)
-    made = list(crop_batches(samples, first, batch_size=8, seed=3, crop="center"))
+    first = crops_of(samples, 15, crop="center", **settings)
+    made = list(crop_batches(samples, first, Plan(**{**settings, "crop": "center"}), batch_size=8))
     assert sum(batch.broken for batch in made) == 2
     present = {name for batch in made for name in batch.identities}
     broken = {crop.key for crop in first if crop.identity not in present}
     assert broken == {"a.tar/038", "a.tar/039"}
-    second = planned_crops(samples, steps=15, crop="center", known_broken=broken, **settings)
+    second = crops_of(samples, 15, crop="center", known_broken=frozenset(broken), **settings)
     live = take(samples, 15, crop="center", multi_aspect_ratio=None)
-    named = take(samples, 15, crop="center", multi_aspect_ratio=None, decode=False, known_broken=broken)
+    named = take(samples, 15, crop="center", multi_aspect_ratio=None, decode=False, known_broken=frozenset(broken))
     assert {crop.identity for crop in second} == {name for batch in live for name in batch.identities}
     for a, b in zip(live, named, strict=True):
         assert_same_names(a, b)
@@ -187,7 +186,7 @@ def test_plan_with_broken_images(tmp_path):
 @pytest.mark.parametrize("options", [{"crops_per_image": 0}, {"steps": -1}, {"batch_size": 0}])
 def test_plan_refusals(samples, options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        planned_crops(samples, **{"steps": 1, **PLAN, **options})
+        crops_of(samples, **{"steps": 1, **PLAN, **options})
 
 
 def mask_of(width: int, height: int) -> Image.Image:

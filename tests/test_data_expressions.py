@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stable_cascade.data.captions import caption_source
-from stable_cascade.data.expressions import Expression
-from stable_cascade.data.filters import apply_filters, parse_filters
+from stable_cascade.data.filters import Expression, apply_filters, parse_filters
 
 
 @pytest.mark.parametrize(

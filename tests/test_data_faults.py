@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stable_cascade.data import index_samples, training_batches
-from stable_cascade.data.image_headers import plain_size
-from stable_cascade.data.images import image_size
-from stable_cascade.data.retries import ShardFailure
+from stable_cascade.data import index_samples
+from stable_cascade.data.images import image_size, plain_size
+from stable_cascade.data.locations import ShardFailure
 from stable_cascade.data.tars import tar_members
-from tests.making_shards import encoded, image, undecodable, write_shard, write_tar
+from tests.making_shards import batches_of, encoded, image, undecodable, write_shard, write_tar
 
 LONG = "a/" * 40 + "folder-" * 10 + "/" + "n" * 90
 NAMES = ("0.png", "dir/1.png", LONG + ".png", "snö/日本.png", "f" * 99 + ".png", "p" * 60 + "/" + "q" * 90 + ".txt")
@@ -112,7 +111,7 @@ def test_a_bad_shard_among_many_is_skipped_counted_and_named(tmp_path, caplog, d
     assert len(samples.report.skipped_shards) == 1
     assert f"1 shards skipped: shard '{path}' is {damage}" in str(samples.report)
     assert f"skipped in this run: shard '{path}' is {damage}" in caplog.text
-    keys = [key for batch in islice(training_batches(samples, **SETTINGS), 19) for key in batch.keys]
+    keys = [key for batch in islice(batches_of(samples, **SETTINGS), 19) for key in batch.keys]
     assert not any(key.startswith("07.tar") for key in keys)
     with pytest.raises(
         ValueError, match=rf"^1 of 20 shards fail, more than max_broken_share 0\.01; shard '.*{damage}"
@@ -129,7 +128,7 @@ def test_a_shard_truncated_while_training(tmp_path, caplog, workers):
     path = tmp_path / "set" / "07.tar"
     with path.open("r+b") as file:
         file.truncate(100)
-    batches = list(islice(training_batches(samples, num_workers=workers, **SETTINGS), 10))
+    batches = list(islice(batches_of(samples, num_workers=workers, **SETTINGS), 10))
     assert sum(batch.broken for batch in batches) == 4
     assert not any(key.startswith("07.tar") for batch in batches for key in batch.keys)
     for i in range(28, 32):
@@ -152,7 +151,7 @@ def test_corrupt_images_of_every_kind(tmp_path, caplog):
     assert {told.split(":")[0] for told in samples.report.unreadable_keys} == {
         f"a.tar/{n}" for n in ("header", "empty", "text")
     }
-    batches = list(islice(training_batches(samples, **SETTINGS), 31))
+    batches = list(islice(batches_of(samples, **SETTINGS), 31))
     assert {caption for batch in batches for caption in batch.captions} == {"fine"}
     assert sum(batch.broken for batch in batches) == 2 * 4, "two in each of four epochs"
     assert "broken sample replaced: a.tar/cut" in caplog.text

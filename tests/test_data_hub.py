@@ -9,8 +9,8 @@ import datasets
 import pytest
 import torch
 
-from stable_cascade.data import SampleStream, index_samples, planned_crops, training_batches, with_regularization
-from tests.making_shards import image, undecodable
+from stable_cascade.data import SampleStream, index_samples, with_regularization
+from tests.making_shards import batches_of, crops_of, image, undecodable
 
 SIZES = ((40, 30), (30, 40), (36, 36))
 SETTINGS = {"image_size": 32, "batch_size": 4, "bucket_factor": 8, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 3}
@@ -35,7 +35,7 @@ def saved(tmp_path, *, bad: int | None = None, rows: int = 18) -> str:
 
 
 def take(samples, count, **changes):
-    return list(islice(training_batches(samples, **{**SETTINGS, **changes}), count))
+    return list(islice(batches_of(samples, **{**SETTINGS, **changes}), count))
 
 
 def test_saved_dataset(tmp_path):
@@ -176,6 +176,6 @@ def test_stream_and_index_name_the_same(tmp_path):
     assert named[0] & named[1]
     stream = index_samples(dataset_name=name, streaming=True)
     with pytest.raises(ValueError, match="streaming: true has no plan"):
-        planned_crops(stream, steps=1, **SETTINGS)
+        crops_of(stream, 1, **SETTINGS)
     with pytest.raises(ValueError, match="needs random access"):
         with_regularization(stream, stream, 0.5, 1.0)

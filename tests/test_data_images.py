@@ -7,10 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from stable_cascade.data.crops import SMART_SHARE, crop_to
-from stable_cascade.data.decoding import fit_image
-from stable_cascade.data.images import decode_image, decode_stored, image_size, resize_to, resize_to_cover
-from tests.making_shards import encoded, image, undecodable
+from stable_cascade.data.decoding import SMART_SHARE, fit_stored
+from stable_cascade.data.images import (
+    decode_image,
+    decode_stored,
+    image_size,
+    in_unit_range,
+    resize_to,
+    resize_to_cover,
+)
+from tests.making_shards import crop_to, encoded, image, undecodable
 
 WIDTH, HEIGHT = 24, 16
 
@@ -132,7 +138,7 @@ def test_large_jpeg_is_decoded_small_and_upright():
     assert decode_stored(data, at_least=(HEIGHT * 5, WIDTH * 5)).shape == (3, HEIGHT * 5, WIDTH * 5)
     size = (HEIGHT * 5, WIDTH * 5)
     exact = resize_to_cover(decode_image(data), size)
-    assert (fit_image(data, size, "center", 0) - exact).abs().mean() < 0.01
+    assert (in_unit_range(fit_stored(data, size, "center", 0)[0]) - exact).abs().mean() < 0.01
 
 
 def test_bytes_are_resized_as_floats_are():

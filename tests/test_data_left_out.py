@@ -13,8 +13,8 @@ from PIL import Image
 from stable_cascade import bounds
 from stable_cascade.data import index_samples
 from stable_cascade.data.images import decode_image, image_size, looks_like_image
+from stable_cascade.data.locations import may_pass, short
 from stable_cascade.data.prepare import prepare_shards
-from stable_cascade.data.retries import may_pass, short
 from stable_cascade.data.tars import tar_members
 from stable_cascade.disk import decode_text
 from tests.making_shards import encoded, image, write_tar

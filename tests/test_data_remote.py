@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from stable_cascade.data import index_samples, retries, training_batches
-from tests.making_shards import image, write_shard
+from stable_cascade.data import index_samples, locations
+from tests.making_shards import batches_of, image, write_shard
 
 
 class RangeHandler(http.server.BaseHTTPRequestHandler):
@@ -79,7 +79,7 @@ SETTINGS = {"image_size": 32, "batch_size": 4, "bucket_factor": 8}
 
 
 def keys_of(samples, **options) -> list[list[str]]:
-    batches = training_batches(samples, **SETTINGS, **options)
+    batches = batches_of(samples, **SETTINGS, **options)
     return [next(batches).keys for _ in range(3)]
 
 
@@ -195,7 +195,7 @@ def proxy() -> Iterator[http.server.ThreadingHTTPServer]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(retries, "WAITS", (0.01, 0.02, 0.03, 0.04, 0.05))
+    monkeypatch.setattr(locations, "WAITS", (0.01, 0.02, 0.03, 0.04, 0.05))
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,8 @@ def test_s3_that_drops_and_refuses(bucket, proxy, tmp_path, what, workers):
     local = index_samples(str(bucket), cache_dir=str(tmp_path / "cache"))
     assert samples.fingerprint == local.fingerprint
     assert samples.report.skipped_shards == ()
-    batches = list(islice(training_batches(samples, num_workers=workers, **SETTINGS), 8))
-    assert [b.keys for b in batches] == [b.keys for b in islice(training_batches(local, **SETTINGS), 8)]
+    batches = list(islice(batches_of(samples, num_workers=workers, **SETTINGS), 8))
+    assert [b.keys for b in batches] == [b.keys for b in islice(batches_of(local, **SETTINGS), 8)]
     assert sum(batch.broken for batch in batches) == 0
     assert len(proxy.spoiled) >= 8
 
@@ -287,7 +287,7 @@ def test_a_shard_that_keeps_failing_is_skipped_once(bucket, proxy, tmp_path, cap
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_fails_during_training(bucket, proxy, tmp_path, caplog, monkeypatch, workers):
     samples = index_samples("s3://bucket/set/", cache_dir=str(tmp_path / "cache"), max_broken_share=0.5)
-    batches = training_batches(samples, num_workers=workers, **SETTINGS)
+    batches = batches_of(samples, num_workers=workers, **SETTINGS)
     whole = [next(batches)]
     proxy.fault = lambda path, span, method: "drop" if "/3.tar" in path else ""
     whole += islice(batches, 20)
@@ -327,10 +327,10 @@ def test_http_that_drops_and_refuses(server, proxy, tmp_path, what):
 
 
 def test_what_is_tried_again():
-    assert retries.may_pass(ConnectionResetError())
-    assert retries.may_pass(TimeoutError())
-    assert not retries.may_pass(FileNotFoundError())
-    assert not retries.may_pass(PermissionError())
+    assert locations.may_pass(ConnectionResetError())
+    assert locations.may_pass(TimeoutError())
+    assert not locations.may_pass(FileNotFoundError())
+    assert not locations.may_pass(PermissionError())
     calls = []
 
     def fails() -> None:
@@ -338,5 +338,5 @@ def test_what_is_tried_again():
         raise ConnectionError("down")
 
     with pytest.raises(ConnectionError):
-        retries.with_retries("x", fails)
+        locations.with_retries("x", fails)
     assert len(calls) == 6

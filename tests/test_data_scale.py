@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stable_cascade.data import index_samples, planned_crops, training_batches
-from tests.making_shards import image
+from stable_cascade.data import index_samples
+from tests.making_shards import batches_of, crops_of, image
 
 SAMPLES, SHARDS = 100_000, 10
 SETTINGS = {"image_size": 16, "bucket_factor": 4, "batch_size": 16, "multi_aspect_ratio": ["1/1", "3/4"], "seed": 1}
@@ -58,36 +58,36 @@ def test_start_resume_and_naming(folder, tmp_path):
     for name in ("first start, every shard scanned", "later start, shards remembered"):
         with Clock(f"{name}: to the first batch") as clock:
             samples = index_samples(str(folder), cache_dir=cache)
-            next(training_batches(samples, **SETTINGS))
+            next(batches_of(samples, **SETTINGS))
         assert clock.work <= 5
     assert len(samples) == SAMPLES
     at_90_percent = int(0.9 * SAMPLES) // SETTINGS["batch_size"]
     with Clock("resume at 90 % of an epoch") as clock:
         samples = index_samples(str(folder), cache_dir=cache)
-        next(training_batches(samples, start_step=at_90_percent, **SETTINGS))
+        next(batches_of(samples, start_step=at_90_percent, **SETTINGS))
     assert clock.work <= 30
     with Clock("resume at 90 % of 100 epochs") as clock:
-        next(training_batches(samples, start_step=100 * at_90_percent, **SETTINGS))
+        next(batches_of(samples, start_step=100 * at_90_percent, **SETTINGS))
     assert clock.work <= 30
     steps = SAMPLES // SETTINGS["batch_size"]
     with Clock("100,000 samples named, not decoded") as clock:
-        named = list(islice(training_batches(samples, decode=False, crops_per_image=4, **SETTINGS), steps))
+        named = list(islice(batches_of(samples, decode=False, crops_per_image=4, **SETTINGS), steps))
     assert clock.work <= 10
     with Clock("their crops planned") as clock:
-        planned = planned_crops(samples, steps=steps, crops_per_image=4, **SETTINGS)
+        planned = crops_of(samples, steps, crops_per_image=4, **SETTINGS)
     assert clock.work <= 10
     assert {crop.identity for crop in planned} == {name for batch in named for name in batch.identities}
 
 
 MEMORY = """
 import sys
-from stable_cascade.data import index_samples, training_batches
+from stable_cascade.data import Plan, index_samples, training_batches
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
 samples = index_samples(sys.argv[1], cache_dir=sys.argv[2])
-batches = training_batches(samples, image_size=16, bucket_factor=4, batch_size=16, seed=1,
-                           multi_aspect_ratio=["1/1", "3/4"], num_workers=int(sys.argv[3]))
+plan = Plan(image_size=16, bucket_factor=4, batch_size=16, seed=1, multi_aspect_ratio=("1/1", "3/4"))
+batches = training_batches(samples, plan, num_workers=int(sys.argv[3]))
 sizes = []
 for number, batch in enumerate(batches, 1):
     if number in (200, 2000):

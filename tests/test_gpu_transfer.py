@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from stable_cascade import factory
-from stable_cascade.data import index_samples, training_batches
+from stable_cascade.data import index_samples
 from stable_cascade.training import float8, loop
 from stable_cascade.transfer import to_device, to_host
+from tests.making_shards import batches_of
 from tests.test_float8 import CLOSE, layers, relative, rows
 from tests.trainer_runs import assert_same, train, write_cascade, write_images
 
@@ -61,13 +62,13 @@ def test_what_a_batch_is_made_of_is_sent_without_waiting(cascade):
     index = index_samples(str(cascade / "images.tar"))
     given = {"image_size": 32, "batch_size": 4, "as_stored": True, "pin_memory": True}
     for workers in (0, 2):
-        batch = next(training_batches(index, num_workers=workers, **given))
+        batch = next(batches_of(index, num_workers=workers, **given))
         assert batch.pixels.is_pinned()
         assert batch.pixels.dtype == torch.uint8
         assert batch.seeds.is_pinned()
         with waiting_is_an_error():
             pixels = factory.shown(batch, torch.device("cuda"))
-        plain = next(training_batches(index, image_size=32, batch_size=4))
+        plain = next(batches_of(index, image_size=32, batch_size=4))
         assert torch.equal(pixels.cpu(), plain.pixels)
 
 

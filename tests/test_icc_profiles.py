@@ -137,3 +137,39 @@ def test_a_turned_image_with_a_profile_is_turned_and_converted():
     for read in everywhere(out.getvalue()):
         assert read.shape == (8, 4, 3)
         assert np.abs(read[0, 0] - in_srgb(P3, (90, 180, 60))).max() < 0.03
+
+
+def ink_profile() -> bytes:
+    """A version 2 printer profile of CMYK to Lab by a table of its corners: every ink is a neutral grey there."""
+    corners = b""
+    for corner in range(16):
+        cyan, magenta, yellow, black = (corner >> 3 & 1, corner >> 2 & 1, corner >> 1 & 1, corner & 1)
+        light = 100 * (1 - black) * (1 - 0.3 * (cyan + magenta + yellow))
+        corners += bytes([round(light * 2.55), 128, 128])
+    identity = struct.pack(">9i", *[65536 if place in (0, 4, 8) else 0 for place in range(9)])
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + corners + bytes(range(256)) * 3
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"inks\0" + bytes(79)
+    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in D50)
+    tags = {b"desc": text, b"wtpt": white, b"cprt": b"text\0\0\0\0none", b"A2B0": table}
+    index, data, place = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, value in tags.items():
+        padded = value + bytes(-len(value) % 4)
+        index += tag + struct.pack(">II", place + len(data), len(value))
+        data += padded
+    head = struct.pack(">I4sI4s4s4s", 128 + len(index) + len(data), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head += bytes(12) + b"acsp" + bytes(28) + b"".join(struct.pack(">i", round(value * 65536)) for value in D50)
+    return head.ljust(128, b"\0") + index + data
+
+
+@pytest.mark.parametrize("kind, options", [("TIFF", {}), ("JPEG", {"quality": 100, "subsampling": 0})])
+def test_the_inks_of_a_cmyk_image_are_those_of_its_profile(kind, options):
+    """Full cyan is a grey of L* 70 by this profile, sRGB 171; without one it is cyan."""
+    image, out = Image.new("CMYK", (32, 32), (255, 0, 0, 0)), io.BytesIO()
+    image.save(out, kind, icc_profile=ink_profile(), **options)
+    read = np.asarray(read_image(out.getvalue()))
+    assert np.abs(read.astype(int) - 171).max() <= 4
+    decoded = (decode_image(out.getvalue()).permute(1, 2, 0) * 255).round().byte().numpy()
+    assert np.array_equal(read, decoded)
+    plain = io.BytesIO()
+    image.save(plain, kind, **options)
+    assert np.asarray(read_image(plain.getvalue()))[0, 0, 0] < 40

@@ -14,9 +14,9 @@ from stable_cascade import StableCascadePriorPipeline, StableCascadeScheduler, f
 from stable_cascade.adapters import add_lora, load_lora, lora_ranks, save_lora
 from stable_cascade.adapters.layers import lora_scales_of
 from stable_cascade.config import LoraConfig, load_config
-from stable_cascade.data import index_samples, training_batches
+from stable_cascade.data import index_samples
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
-from tests.making_shards import encoded, image, write_tar
+from tests.making_shards import batches_of, encoded, image, write_tar
 from tests.test_lora import predict, randomise
 from tests.tiny_cascade import MULTIPLE, tiny_prior
 from tests.trainer_runs import (
@@ -264,7 +264,7 @@ def shaded(path, shade: int, caption: str) -> str:
 def loss_on(config, final, shard) -> float:
     """The mean loss on a shard's images after a training, under fixed noise and times."""
     model, encoder = trained_model(config, final), factory.frozen(config, "semantic_encoder", torch.device("cpu"))
-    stream = training_batches(index_samples(shard), image_size=32, batch_size=64, seed=5, bucket_factor=encoder.stride)
+    stream = batches_of(index_samples(shard), image_size=32, batch_size=64, seed=5, bucket_factor=encoder.stride)
     batch = next(stream)
     with torch.no_grad():
         clean = encoder(batch.pixels).float()

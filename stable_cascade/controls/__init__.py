@@ -13,13 +13,11 @@ from stable_cascade.lazy import lazy_exports
 if TYPE_CHECKING:
     from .auxiliary import ControlNetAuxFilter
     from .edges import CannyFilter, SoftEdgeFilter
-    from .faces import CascadeFaceEmbedder, FaceEmbedder, InsightFaceEmbedder
-    from .identity import IdentityFilter
+    from .identity import CascadeFaceEmbedder, FaceEmbedder, IdentityFilter, InsightFaceEmbedder
     from .inpainting import InpaintFilter
     from .qr import QRFilter
-    from .registry import ControlFilter, check_filter, filter_names, make_filter
+    from .registry import ControlFilter, check_filter, filter_names, make_filter, view_control
     from .super_resolution import SREffnetFilter, SRPixelFilter
-    from .views import view_control
 
 __all__ = [
     "CannyFilter",

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .arguments import checked_count, needed_module, per_sample
+from .arguments import checked_count, nearest, needed_module, per_sample
 from .kernels import resized
-from .loading import nearest
 
 REMEDY = "pip install 'stable-cascade[controlnet_aux]'"
 

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .batches import Batch, training_batches
-    from .buckets import Buckets, make_buckets
+    from .batches import Batch, PlannedCrop, crop_batches, planned_crops, training_batches
     from .index import index_samples
-    from .planned import PlannedCrop, crop_batches, planned_crops
+    from .plan import Buckets, Plan, make_buckets
     from .prepare import prepare_shards
-    from .regularization import with_regularization
-    from .samples import SampleIndex
+    from .samples import SampleIndex, with_regularization
     from .stream import SampleStream
 
 __all__ = [
     "Batch",
     "Buckets",
+    "Plan",
     "PlannedCrop",
     "SampleIndex",
     "SampleStream",

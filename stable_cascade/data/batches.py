@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .buckets import Buckets, make_buckets
-from .crops import CropChoice
-from .decoding import BrokenWatch, Decoded, Decoder, Undecodable
+from .decoding import BrokenWatch, Decoded, Decoder, Place, Undecodable, identity_of
 from .draws import draws
 from .images import in_unit_range
-from .indexed import IndexedImages, IndexedPlan, planned_rows
-from .plan import Order, check_batch_size
+from .indexed import IndexedImages, IndexedRows, Replacements, candidate, planned_rows, usable
+from .plan import Plan, global_batches
 from .samples import SampleIndex
-from .stream import SampleStream, StreamedImages, StreamedPlan
+from .stream import SampleStream, StreamedImages, StreamedRows
 
 
 @dataclass(frozen=True)
@@ -64,103 +62,55 @@ class Batch:
 
 def training_batches(
     samples: SampleIndex | SampleStream,
+    plan: Plan,
     *,
-    image_size: int,
-    batch_size: int,
-    grad_accum_steps: int = 1,
-    num_processes: int = 1,
-    process_index: int = 0,
-    seed: int = 0,
-    multi_aspect_ratio: Sequence[str | float] | None = None,
-    bucket_factor: int = 32,
-    random_bucket_share: float = 0.05,
-    crop: str = "random",
     start_step: int = 0,
-    num_workers: int = 0,
     decode: bool = True,
-    crops_per_image: int | None = None,
-    known_broken: Collection[str] = (),
+    num_workers: int = 0,
     as_stored: bool = False,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The micro-batches of one process, of step start_step, start_step + 1, … without end.
 
-    `grad_accum_steps` micro-batches in a row are one step; `batch_size` counts the samples of one step over all
-    processes, all in one bucket. Skipping to `start_step` decodes nothing. `planned_crops` lists what the first steps
-    show without making batches.
+    `plan.grad_accum_steps` micro-batches in a row are one step. Skipping to `start_step` decodes nothing.
+    `planned_crops` lists what the first steps show without making batches.
 
     Args:
         samples: what `index_samples` returns; with masks where it was asked for masks.
-        image_size: side of a square of the images' area.
-        batch_size: global batch size.
-        grad_accum_steps: micro-batches of a step.
-        num_processes: processes that share a global batch.
-        process_index: which of them this is.
-        seed: of order, buckets, crops and the samples' own seeds.
-        multi_aspect_ratio: width / height such as '9/16', mirrored; None for squares only.
-        bucket_factor: what both sides are multiples of.
-        random_bucket_share: how often an image goes to a drawn bucket instead of the nearest.
-        crop: random, center or smart.
         start_step: the first step.
-        num_workers: processes that decode; 0 decodes in this one.
         decode: False reads no image: pixels and masks are None, everything else is the same.
-        crops_per_image: how many random crops of an image there are, for each bucket size; None takes a fresh one
-            every time. The only crop of center and smart is then the same in every run.
-        known_broken: keys of samples to replace untried, as if they were found broken.
+        num_workers: processes that decode; 0 decodes in this one.
         as_stored: leave pixels that are bytes as bytes, for `in_unit_range` to make floats of on the device.
         pin_memory: put the batches into page-locked memory, for a CUDA device.
 
     Raises:
-        ValueError: the batch size does not divide, a setting is impossible, or too many samples are broken.
+        ValueError: a number is negative, or too many samples are broken.
     """
-    check_batch_size(batch_size, grad_accum_steps, num_processes)
-    choice = CropChoice(crop, seed, crops_per_image)
-    if not 0 <= process_index < num_processes:
-        raise ValueError(f"process_index {process_index} must lie in 0..{num_processes - 1}")
-    check_random_bucket_share(random_bucket_share)
     if start_step < 0 or num_workers < 0:
         raise ValueError(f"start_step {start_step} and num_workers {num_workers} must not be negative")
-    buckets = make_buckets(image_size, multi_aspect_ratio, factor=bucket_factor)
-    part = {"grad_accum_steps": grad_accum_steps, "num_processes": num_processes, "process_index": process_index}
-    decoder = Decoder(choice, samples.masks, frozenset(known_broken))
+    decoder = Decoder(plan.crops, samples.masks, plan.known_broken)
     loading = Loading(num_workers, BrokenWatch(samples.max_broken_share), as_stored, pin_memory)
+    loaded: Iterator[Batch]
     if isinstance(samples, SampleIndex):
-        order = sample_order(samples, buckets, seed, random_bucket_share)
-        rows = IndexedPlan(order, batch_size, start_step, part)
+        order = plan.order(samples)
+        rows = IndexedRows(order, plan, start_step)
         if decode:
             loaded = load_batches(IndexedImages(samples, order, decoder), rows, loading)
         else:
             loaded = (stacked_batch(made)[0] for made in planned_rows(samples, order, rows, decoder))
     else:
-        settings = (batch_size, start_step, seed, random_bucket_share)
-        items, images = StreamedPlan(samples, buckets, settings, part), StreamedImages(buckets, decoder)
+        items, images = StreamedRows(samples, plan, start_step), StreamedImages(plan.buckets, decoder)
         if decode:
             loaded = load_batches(images, items, loading)
         else:
             loaded = (stacked_batch([images.undecoded(item) for item in micro])[0] for micro in items)
-    return _with_step_seeds(loaded, seed, start_step, grad_accum_steps)
+    return _with_step_seeds(loaded, plan, start_step)
 
 
-def sample_order(samples: SampleIndex, buckets: Buckets, seed: int, random_bucket_share: float) -> Order:
-    """The endless sequence that a training on this index shows."""
-    nearest = buckets.nearest(samples.widths, samples.heights)
-    return Order(len(samples), nearest, buckets, seed, random_bucket_share, samples.regularization)
-
-
-def check_random_bucket_share(share: float) -> None:
-    """Passes for a share.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"random_bucket_share {share} must lie in [0, 1]")
-
-
-def _with_step_seeds(batches: Iterator[Batch], seed: int, start_step: int, grad_accum_steps: int) -> Iterator[Batch]:
+def _with_step_seeds(batches: Iterator[Batch], plan: Plan, start_step: int) -> Iterator[Batch]:
     for number, batch in enumerate(batches):
-        step = start_step + number // grad_accum_steps
-        yield replace(batch, step_seed=int(draws(seed, "step", np.array([step]))[0] >> 1))
+        step = start_step + number // plan.grad_accum_steps
+        yield replace(batch, step_seed=int(draws(plan.seed, "step", np.array([step]))[0] >> 1))
 
 
 @dataclass(frozen=True)
@@ -232,3 +182,99 @@ def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
     if len({tensor.dtype for tensor in present}) > 1:
         present = [in_unit_range(tensor) for tensor in present]
     return default_collate(present) if present else None
+
+
+@dataclass(frozen=True)
+class PlannedCrop:
+    """One crop, the first position that shows it, and the (height, width) of its bucket."""
+
+    identity: str
+    key: str
+    sample: int
+    position: int
+    size: tuple[int, int]
+
+
+def planned_crops(samples: SampleIndex | SampleStream, plan: Plan, steps: int) -> list[PlannedCrop]:
+    """The distinct crops that `training_batches` with this plan shows in the steps 0, …, steps - 1.
+
+    In the order of their first positions, reading nothing. `crop_batches` decodes them. Where that finds broken
+    samples, a second plan with `known_broken` has what is shown in their place.
+
+    Raises:
+        ValueError: the samples are a stream, or `steps` is negative.
+    """
+    if not isinstance(samples, SampleIndex):
+        raise ValueError("streaming: true has no plan to make a cache from; set streaming: false")
+    if steps < 0:
+        raise ValueError(f"steps {steps} must not be negative")
+    choice, buckets, order = plan.crops, plan.buckets, plan.order(samples)
+    decoder = Decoder(choice, samples.masks, plan.known_broken)
+    replacements = Replacements(order)
+    shown: dict[tuple[int, int, int], PlannedCrop] = {}
+    for _, batch in zip(range(steps), global_batches(order, plan.batch_size), strict=False):
+        numbers = batch.samples
+        if decoder.known_broken:
+            pairs = zip(batch.positions.tolist(), batch.samples.tolist(), strict=True)
+            numbers, _ = usable(samples, [(p, n, batch.bucket) for p, n in pairs], replacements, decoder)
+        variants = batch.positions if choice.fresh else choice.numbers(batch.positions)
+        size = buckets.sizes[batch.bucket]
+        entries = zip(numbers.tolist(), variants.tolist(), batch.positions.tolist(), strict=True)
+        for sample, variant, position in entries:
+            if (batch.bucket, sample, variant) not in shown:
+                name = choice.names(np.array([position]))[0]
+                key = samples.key(sample)
+                identity = identity_of(key, int(samples.content_hashes[sample]), size, name)
+                shown[batch.bucket, sample, variant] = PlannedCrop(identity, key, sample, position, size)
+    return list(shown.values())
+
+
+def crop_batches(
+    samples: SampleIndex,
+    crops: Sequence[PlannedCrop],
+    plan: Plan,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    as_stored: bool = False,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The crops of `planned_crops`, decoded, in batches of one size.
+
+    A crop whose image is broken is left out, counted in `Batch.broken`, and its key logged; the others keep their
+    order among the crops of their size. The last batch of a size may be smaller. `as_stored` and `pin_memory` are as
+    in `training_batches`.
+
+    Raises:
+        ValueError: more than max_broken_share of the samples are broken.
+    """
+    groups: dict[tuple[int, int], list[PlannedCrop]] = {}
+    for planned in crops:
+        groups.setdefault(planned.size, []).append(planned)
+    rows = [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
+    dataset = _PlannedImages(samples, Decoder(plan.crops, samples.masks))
+    loading = Loading(num_workers, BrokenWatch(samples.max_broken_share), as_stored, pin_memory)
+    yield from (batch for batch in load_batches(dataset, rows, loading, _without_broken) if batch.keys)
+
+
+def _without_broken(rows: list[Decoded]) -> tuple[Batch, list[str]]:
+    batch, _ = stacked_batch([row for row in rows if row.pixels is not None])
+    broken = [key for row in rows for key in row.broken_keys]
+    return replace(batch, broken=len(broken)), broken
+
+
+class _PlannedImages(Dataset):
+    """Decodes a planned crop; a broken one is a row without pixels."""
+
+    def __init__(self, samples: SampleIndex, decoder: Decoder):
+        self.samples, self.decoder = samples, decoder
+
+    def __getitem__(self, planned: PlannedCrop) -> Decoded:
+        found = self.decoder.first_decodable(
+            [candidate(self.samples, planned.sample)], Place(planned.position, planned.size)
+        )
+        if isinstance(found, Decoded):
+            return found
+        return Decoded(None, "", planned.key, 0, planned.position, (f"{planned.key}: {found.reason}",))

@@ -169,14 +169,14 @@ def _entries(file: Path) -> list[tuple[str, _Layout, int]]:
             raise ValueError(damaged)
         try:
             header = json.loads(opened.read(length))
-        except ValueError:
+            entries, end = [], 0
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    begin, stop = entry["data_offsets"]
+                    entries.append((name, _Layout(_DTYPES[entry["dtype"]], tuple(entry["shape"])), 8 + length + begin))
+                    end = max(end, stop)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(damaged) from None
-    entries, end = [], 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, stop = entry["data_offsets"]
-            entries.append((name, _Layout(_DTYPES[entry["dtype"]], tuple(entry["shape"])), 8 + length + begin))
-            end = max(end, stop)
     if size != 8 + length + end:
         raise ValueError(damaged)
     return entries

@@ -11,7 +11,7 @@ from stable_cascade import bounds
 from stable_cascade.disk import decode_text
 from stable_cascade.wording import brief
 
-from .expressions import Expression
+from .filters import Expression
 
 _KEY = "captions_getter"
 _FORMS = (

@@ -14,7 +14,6 @@ import numpy as np
 from stable_cascade.hub import HubError, NotAskedError, ask
 
 from .captions import check_caption
-from .columns import HubColumns
 from .filters import Filter, apply_filters
 from .images import IMAGE_EXTENSIONS, image_size
 from .samples import (
@@ -27,7 +26,7 @@ from .samples import (
     missing_captions,
     with_masks,
 )
-from .stream import SampleStream
+from .stream import HubColumns, SampleStream
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,11 @@ bytes several times faster than floats, and as Pillow does.
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
+import zlib
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +21,6 @@ from torch import Tensor
 from stable_cascade import bounds
 from stable_cascade.pixels import readable_formats, rgb_pixels
 from stable_cascade.wording import brief
-
-from .buckets import covering_size
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2")
 """Members with these extensions are images, in order of preference."""
@@ -175,3 +177,59 @@ def resize_to(pixels: Tensor, target: tuple[int, int]) -> Tensor:
         return pixels
     resized = F.interpolate(pixels[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0]
     return resized.clamp_(0, 1) if resized.is_floating_point() else resized
+
+
+def covering_size(height: int, width: int, bucket: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (height, width) of the image's own shape that covers the bucket (exact integer arithmetic)."""
+    short, long = min(height, width), max(height, width)
+    edge = max(-(-bucket[0] * short // height), -(-bucket[1] * short // width))
+    other = math.floor(Fraction(edge * long, short))
+    resized = (edge, other) if height <= width else (other, edge)
+    return max(resized[0], bucket[0]), max(resized[1], bucket[1])
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NO_FRAME = (0xC4, 0xC8, 0xCC)
+
+
+def plain_size(head: bytes) -> tuple[int, int] | None:
+    """(width, height) of an ordinary PNG or JPEG without EXIF data; None where only a full reader can tell."""
+    if head.startswith(_PNG):
+        return _png_size(head)
+    if head.startswith(b"\xff\xd8\xff"):
+        return _jpeg_size(head)
+    return None
+
+
+def _png_size(head: bytes) -> tuple[int, int] | None:
+    pixels = head.find(b"IDAT")
+    if head[8:16] != b"\0\0\0\rIHDR" or pixels < 33 or head.find(b"eXIf", 0, pixels) >= 0:
+        return None
+    if struct.unpack(">I", head[29:33])[0] != zlib.crc32(head[12:29]):
+        return None
+    width, height = struct.unpack(">II", head[16:24])
+    return (width, height) if width and height else None
+
+
+def _jpeg_size(head: bytes) -> tuple[int, int] | None:
+    place, size = 2, None
+    while place + 4 <= len(head):
+        if head[place] != 0xFF:
+            return None
+        marker = head[place + 1]
+        if marker == 0xDA:  # the pixels begin: no header follows
+            return size
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:
+            return None
+        (length,) = struct.unpack_from(">H", head, place + 2)
+        if marker in (0xE1, 0xE2) and head[place + 4 : place + 8] in (b"Exif", b"MPF\0"):
+            return None
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            if place + 9 > len(head):
+                return None
+            height, width = struct.unpack_from(">HH", head, place + 5)
+            if not (width and height):
+                return None
+            size = width, height
+        place += 2 + length
+    return None

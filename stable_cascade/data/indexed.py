@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .decoding import Candidate, Decoded, Decoder, Place, Undecodable, identity_of
 from .draws import draws, sample_seeds
-from .plan import Order, global_batches, micro_batches
+from .plan import Order, Plan, global_batches
 from .samples import SampleIndex
 
 _ATTEMPTS = 16
@@ -20,17 +20,16 @@ Row = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class IndexedPlan:
+class IndexedRows:
     """The batch sampler of an index: one list of rows for every micro-batch."""
 
     order: Order
-    batch_size: int
+    plan: Plan
     start_step: int
-    part: dict[str, int]
 
     def __iter__(self) -> Iterator[list[Row]]:
-        for batch in global_batches(self.order, self.batch_size, self.start_step):
-            for micro in micro_batches(batch, **self.part):
+        for batch in global_batches(self.order, self.plan.batch_size, self.start_step):
+            for micro in self.plan.part(batch):
                 pairs = zip(micro.positions.tolist(), micro.samples.tolist(), strict=True)
                 yield [(position, sample, micro.bucket) for position, sample in pairs]
 

@@ -1,18 +1,91 @@
-"""Which sample is in which batch: integers only, so that going to any step decodes nothing."""
+"""What the steps of a training show: samples in buckets and batches, as integers, so that any step is near."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
-from .buckets import Buckets
+from .decoding import CropChoice
 from .draws import draws, permutation, uniforms
-from .samples import Regularization
+from .samples import Regularization, SampleIndex
 
 _CHUNK = 65536
 Waiting = dict[int, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training shows at each of its steps, and which part of it this process loads.
+
+    Everything that decides the order, the buckets and the crops of the samples is here and nowhere else; two
+    trainings with equal plans on equal samples see the same images.
+
+    Raises:
+        ValueError: the batch size does not divide, or a setting is impossible.
+    """
+
+    image_size: int
+    """Side of a square of the images' area, in pixels."""
+    batch_size: int
+    """Samples of one step over all processes, all in one bucket."""
+    grad_accum_steps: int = 1
+    """Micro-batches of a step."""
+    num_processes: int = 1
+    """Processes that share a global batch."""
+    process_index: int = 0
+    """Which of them this is."""
+    seed: int = 0
+    """Of order, buckets, crops and the samples' own seeds."""
+    multi_aspect_ratio: Sequence[str | float] | None = None
+    """Width / height such as '9/16', mirrored; None for squares only."""
+    bucket_factor: int = 32
+    """What both sides are multiples of."""
+    random_bucket_share: float = 0.05
+    """How often an image goes to a drawn bucket instead of the nearest."""
+    crop: str = "random"
+    """random, center or smart."""
+    crops_per_image: int | None = None
+    """How many random crops of an image there are, for each bucket size; None takes a fresh one every time. The only
+    crop of center and smart is then the same in every run."""
+    known_broken: frozenset[str] = frozenset()
+    """Keys of samples to replace untried, as if they were found broken."""
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.batch_size, self.grad_accum_steps, self.num_processes)
+        if not 0 <= self.process_index < self.num_processes:
+            raise ValueError(f"process_index {self.process_index} must lie in 0..{self.num_processes - 1}")
+        if not 0 <= self.random_bucket_share <= 1:
+            raise ValueError(f"random_bucket_share {self.random_bucket_share} must lie in [0, 1]")
+        assert self.crops is not None
+        assert self.buckets is not None
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The sizes that images are cropped to."""
+        return make_buckets(self.image_size, self.multi_aspect_ratio, factor=self.bucket_factor)
+
+    @cached_property
+    def crops(self) -> CropChoice:
+        """Which crop each position shows."""
+        return CropChoice(self.crop, self.seed, self.crops_per_image)
+
+    def order(self, samples: SampleIndex) -> Order:
+        """The endless sequence that a training on this index shows."""
+        nearest = self.buckets.nearest(samples.widths, samples.heights)
+        return Order(len(samples), nearest, self.buckets, self.seed, self.random_bucket_share, samples.regularization)
+
+    def part(self, batch: GlobalBatch) -> Iterator[GlobalBatch]:
+        """The micro-batches of a global batch that this process loads."""
+        return micro_batches(
+            batch,
+            grad_accum_steps=self.grad_accum_steps,
+            num_processes=self.num_processes,
+            process_index=self.process_index,
+        )
 
 
 @dataclass(frozen=True)
@@ -177,3 +250,89 @@ def check_batch_size(batch_size: int, grad_accum_steps: int, num_processes: int)
             f"batch_size {batch_size} is the global batch and does not divide by {num_processes} processes x "
             f"{grad_accum_steps} grad_accum_steps = {parts}; nearest: {below or above} or {above}"
         )
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Ratios (width / height) and the (height, width) of each; sizes may repeat."""
+
+    ratios: tuple[float, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def nearest(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+        """The bucket number of each image: the smallest |ratio - width / height|, the first one at a tie.
+
+        Shapes: (N,), (N,) pixels -> (N,) int16.
+        """
+        wanted = np.asarray(widths, np.float64) / np.asarray(heights, np.float64)
+        best = np.zeros(wanted.shape, np.int16)
+        gap = np.full(wanted.shape, np.inf)
+        for number, ratio in enumerate(self.ratios):
+            distance = np.abs(ratio - wanted)
+            closer = distance < gap
+            best[closer] = number
+            gap[closer] = distance[closer]
+        # Duplicate sizes count as one bucket, or their images would wait for a batch twice as long.
+        first = np.array([self.sizes.index(size) for size in self.sizes], np.int16)
+        return first[best]
+
+
+def make_buckets(
+    image_size: int,
+    ratios: Sequence[str | float] | None = None,
+    *,
+    factor: int = 32,
+    mirror: bool = True,
+) -> Buckets:
+    """The buckets of density image_size², both sides multiples of `factor`; one square when there are no ratios.
+
+    `mirror` appends 1 / ratio for every ratio that is not there yet.
+
+    Raises:
+        ValueError: a ratio is no positive fraction, or a side would be shorter than `factor`.
+    """
+    if image_size < 1 or factor < 1:
+        raise ValueError(f"image_size {image_size} and the bucket factor {factor} must be positive")
+    if not ratios:
+        if image_size % factor:
+            below, above = image_size // factor * factor, -(-image_size // factor) * factor
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of {factor}, the stride of the image encoder; "
+                f"nearest: {below or above} or {above}"
+            )
+        return Buckets((1.0,), ((image_size, image_size),))
+    values = [_ratio(value) for value in ratios]
+    if mirror:
+        known = {_fraction(value) for value in ratios}
+        values += [1 / _ratio(value) for value in ratios if 1 / _fraction(value) not in known]
+    return Buckets(tuple(values), tuple(_size(value, image_size, factor) for value in values))
+
+
+def _fraction(value: str | float) -> Fraction:
+    try:
+        fraction = Fraction(str(value).strip())
+    except (ValueError, ZeroDivisionError):
+        fraction = Fraction(0)
+    if fraction <= 0:
+        raise ValueError(f"multi_aspect_ratio {value!r} is no ratio; write width/height, for example '9/16'")
+    return fraction
+
+
+def _ratio(value: str | float) -> float:
+    fraction = _fraction(value)
+    return fraction.numerator / fraction.denominator
+
+
+def _size(ratio: float, image_size: int, factor: int) -> tuple[int, int]:
+    density = image_size**2
+    height = int((density / ratio) ** 0.5 // factor * factor)
+    width = int((density * ratio) ** 0.5 // factor * factor)
+    if not height or not width:
+        raise ValueError(
+            f"multi_aspect_ratio {ratio:.4g} at image_size {image_size} gives a side shorter than {factor} pixels; "
+            "remove the ratio or raise image_size"
+        )
+    return height, width

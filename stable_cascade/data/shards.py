@@ -14,10 +14,8 @@ from stable_cascade import bounds
 from stable_cascade.wording import quoted
 
 from .captions import CaptionSource, json_object, text_of
-from .image_headers import plain_size
-from .images import IMAGE_EXTENSIONS, image_size, looks_like_image
-from .locations import open_shard
-from .retries import ShardFailure
+from .images import IMAGE_EXTENSIONS, image_size, looks_like_image, plain_size
+from .locations import ShardFailure, open_shard
 from .samples import HEAD_BYTES, TAIL_BYTES, content_hash, content_hash_of_parts
 from .tars import Span, tar_members
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from .buckets import Buckets
+from stable_cascade import bounds
+from stable_cascade.disk import read_file
+
 from .captions import check_caption
-from .columns import HubColumns
 from .decoding import BrokenWatch, Candidate, Decoded, Decoder, Place, Undecodable, identity_of
 from .draws import sample_seeds
 from .filters import Filter, RejectionWatch, with_size
 from .images import image_size
-from .plan import GlobalBatch, micro_batches, with_random_buckets
+from .plan import Buckets, GlobalBatch, Plan, with_random_buckets
 from .samples import content_hash, with_masks
 
 _FALLBACKS = 3
@@ -120,34 +122,35 @@ class StreamedItem:
 
 
 @dataclass(frozen=True)
-class StreamedPlan:
-    """The batch sampler of a stream; `settings` is (batch_size, start_step, seed, random_bucket_share)."""
+class StreamedRows:
+    """The batch sampler of a stream: the plan's batches, made while reading."""
 
     stream: SampleStream
-    buckets: Buckets
-    settings: tuple[int, int, int, float]
-    part: dict[str, int]
+    plan: Plan
+    start_step: int
 
     def __iter__(self) -> Iterator[list[StreamedItem]]:
-        batch_size, start_step, seed, share = self.settings
+        plan = self.plan
         waiting: dict[int, tuple[list[int], list[StreamedRow]]] = {}
         step = 0
         for position, row in enumerate(self.stream.rows()):
-            nearest = self.buckets.nearest(np.array([row.width]), np.array([row.height]))
+            nearest = plan.buckets.nearest(np.array([row.width]), np.array([row.height]))
             where = np.array([position])
-            bucket = int(with_random_buckets(nearest, where, self.buckets, seed=seed, share=share)[0])
+            bucket = int(
+                with_random_buckets(nearest, where, plan.buckets, seed=plan.seed, share=plan.random_bucket_share)[0]
+            )
             positions, rows = waiting.setdefault(bucket, ([], []))
             positions.append(position)
             rows.append(row)
-            if len(rows) == batch_size:
+            if len(rows) == plan.batch_size:
                 del waiting[bucket]
-                if step >= start_step:
+                if step >= self.start_step:
                     yield from self._micro(positions, rows, bucket)
                 step += 1
 
     def _micro(self, positions: list[int], rows: list[StreamedRow], bucket: int) -> Iterator[list[StreamedItem]]:
         whole = GlobalBatch(np.array(positions), np.arange(len(rows)), bucket)
-        for micro in micro_batches(whole, **self.part):
+        for micro in self.plan.part(whole):
             yield [
                 StreamedItem(positions[j], bucket, rows[j], tuple(rows[j + 1 :] + rows[:j])[:_FALLBACKS])
                 for j in micro.samples.tolist()
@@ -184,3 +187,48 @@ class StreamedImages(Dataset):
         passed = tuple(row.key for row in rows[: rows.index(shown)])
         seed = int(sample_seeds(choice.seed, where)[0])
         return Decoded(None, shown.caption, shown.key, seed, item.position, passed, identity=identity)
+
+
+@dataclass(frozen=True)
+class HubColumns:
+    """The columns' names; `mask` is None where masks are not asked for."""
+
+    image: str
+    caption: str
+    allow_missing_captions: bool = False
+    mask: str | None = None
+
+    def image_file(self, row: Mapping[str, Any]) -> bytes:
+        """The image file in a row.
+
+        Raises:
+            ValueError: the row has none.
+        """
+        found = _file(row[self.image])
+        if found is None:
+            raise ValueError(f"the column {self.image!r} holds no image")
+        return found
+
+    def mask_file(self, row: Mapping[str, Any]) -> bytes | None:
+        """The mask in a row; None when there is none, or masks are not asked for."""
+        return None if self.mask is None else _file(row.get(self.mask))
+
+    def text(self, row: Mapping[str, Any]) -> str | None:
+        """The caption in a row, the first one of a list; None when there is none."""
+        value = row.get(self.caption)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            value = value[0] if value else None
+        return value.strip() if isinstance(value, str) else None
+
+
+def _file(value: Any) -> bytes | None:
+    """The bytes of an image, given as such, as a path, or as the pair of both that `datasets` stores."""
+    if isinstance(value, Mapping):
+        if value.get("bytes"):
+            return value["bytes"]
+        value = value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str) and os.path.isfile(value):
+        return read_file(value, at_most=bounds.IMAGE_FILE, what="image")
+    return None

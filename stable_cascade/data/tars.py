@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from stable_cascade import bounds
 
-from .retries import ShardFailure
+from .locations import ShardFailure
 
 Span = tuple[int, int]
 

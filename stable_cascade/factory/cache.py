@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_cascade.data import Batch, PlannedCrop, SampleIndex, SampleStream, crop_batches, planned_crops
+from stable_cascade.data import Batch, Plan, PlannedCrop, SampleIndex, SampleStream, crop_batches, planned_crops
 from stable_cascade.data.cache import StoreWriter, TensorStore, digest
 from stable_cascade.training.processes import gathered
 
 from .clip import frozen_text, image_encoder
-from .data import loading_for, shown
+from .data import loading_for, make_plan, shown
 from .fingerprints import cache_folder, fingerprint, remember
 from .networks import frozen, network_on_meta
 
@@ -64,7 +64,7 @@ def fill_cache(config: Any, accelerator: Any, index: SampleIndex | SampleStream,
     """
     # Open a store per kind of tensor, known by the networks that make it.
     stride: int = network_on_meta(config, "semantic_encoder").stride  # type: ignore[assignment]
-    plan = functools.partial(planned, config, index, stride=stride)
+    plan = make_plan(config, factor=stride, accelerator=accelerator)
     kinds = ["latents", *(["images"] if config.image_embedding_share else []), *(["texts"] if texts else [])]
     folder = cache_folder(config)
     stores = {kind: TensorStore(folder / f"{kind}-{fingerprint(config, kind)[:16]}") for kind in kinds}
@@ -86,25 +86,6 @@ def fill_cache(config: Any, accelerator: Any, index: SampleIndex | SampleStream,
     cache = Cache(stores, broken, stride, folder)
     accelerator.print(f"cache           {cache}")
     return cache
-
-
-def planned(
-    config: Any, index: SampleIndex | SampleStream, known_broken: Iterable[str] = (), *, stride: int
-) -> list[PlannedCrop]:
-    """The crops that the config's steps show."""
-    return planned_crops(
-        index,
-        image_size=config.image_size,
-        batch_size=config.batch_size,
-        steps=config.updates,
-        seed=config.seed,
-        multi_aspect_ratio=config.multi_aspect_ratio,
-        bucket_factor=stride,
-        random_bucket_share=config.bucketeer_random_ratio,
-        crop=config.crop,
-        crops_per_image=config.crops_per_image,
-        known_broken=frozenset(known_broken),
-    )
 
 
 class _Encoders:
@@ -137,19 +118,19 @@ def _fill_crops(
     config: Any,
     accelerator: Any,
     index: Any,
-    plan: Callable[..., list[PlannedCrop]],
+    plan: Plan,
     encoders: _Encoders,
     stores: dict[str, TensorStore],
 ) -> tuple[list[PlannedCrop], frozenset[str]]:
     """The planned crops, all of them in the stores now, and the keys of the broken samples that they replace."""
     broken: frozenset[str] = frozenset()
     while True:
-        crops = plan(known_broken=broken)
+        crops = planned_crops(index, replace(plan, known_broken=broken), config.updates)
         todo = [crop for crop in crops if any(crop.identity not in store for store in stores.values())]
         if not everyone(accelerator, todo[:1]):
             return crops, broken
         mine = [crop for crop in todo if _belongs(crop.identity, accelerator)]
-        lost = _encode_crops(config, accelerator, index, mine, encoders, stores)
+        lost = _encode_crops(config, accelerator, index, plan, mine, encoders, stores)
         broken |= frozenset(everyone(accelerator, lost))
         for store in stores.values():
             store.refresh()
@@ -159,6 +140,7 @@ def _encode_crops(
     config: Any,
     accelerator: Any,
     index: Any,
+    plan: Plan,
     crops: list[PlannedCrop],
     encoders: _Encoders,
     stores: dict[str, TensorStore],
@@ -170,10 +152,8 @@ def _encode_crops(
     decoded = crop_batches(
         index,
         crops,
+        plan,
         batch_size=max(1, min(micro, CROPS_AT_ONCE)),
-        seed=config.seed,
-        crop=config.crop,
-        crops_per_image=config.crops_per_image,
         num_workers=config.num_workers,
         **loading_for(accelerator.device),
     )

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_cascade.data import Batch, SampleIndex, SampleStream, index_samples, training_batches, with_regularization
+from stable_cascade.data import (
+    Batch,
+    Plan,
+    SampleIndex,
+    SampleStream,
+    index_samples,
+    training_batches,
+    with_regularization,
+)
 from stable_cascade.data.images import in_unit_range
 from stable_cascade.training.processes import gathered
 
@@ -71,29 +79,37 @@ def batches(
         ValueError: the processes found different images.
     """
     check_agreement(index, accelerator)
+    plan = make_plan(config, factor=factor, accelerator=accelerator, known_broken=known_broken)
 
     def from_step(start_step: int) -> Iterator[Batch]:
         return training_batches(
             index,
-            image_size=config.image_size,
-            batch_size=config.batch_size,
-            grad_accum_steps=config.grad_accum_steps,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            seed=config.seed,
-            multi_aspect_ratio=config.multi_aspect_ratio,
-            bucket_factor=factor,
-            random_bucket_share=config.bucketeer_random_ratio,
-            crop=config.crop,
+            plan,
             start_step=start_step,
             num_workers=config.num_workers,
             decode=decode,
-            crops_per_image=config.crops_per_image,
-            known_broken=known_broken,
             **loading_for(accelerator.device),
         )
 
     return from_step
+
+
+def make_plan(config: Any, *, factor: int, accelerator: Any, known_broken: Collection[str] = ()) -> Plan:
+    """What the config's steps show, and this process's part of it; `factor` and `known_broken` as in `batches`."""
+    return Plan(
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=config.seed,
+        multi_aspect_ratio=config.multi_aspect_ratio,
+        bucket_factor=factor,
+        random_bucket_share=config.bucketeer_random_ratio,
+        crop=config.crop,
+        crops_per_image=config.crops_per_image,
+        known_broken=frozenset(known_broken),
+    )
 
 
 def loading_for(device: torch.device) -> dict[str, bool]:
