@@ -29,18 +29,12 @@ SCHEDULES = {
         d.cosine_log_snr(t, shift=2, limited=False), shift, limits=(-9.2102404 - 2 * math.log(2), 7.8239460)
     ),
     "CosineSchedule(force_limits=False)": lambda t, shift: d.cosine_log_snr(t, shift=shift, limited=False),
-    "CosineSchedule(discrete_steps=11)": lambda t, shift: d.cosine_log_snr(d.discrete_times(t, 11), shift=shift),
     "CosineSchedule2()": d.tangent_log_snr,
     "SqrtSchedule()": d.sqrt_log_snr,
     "RectifiedFlowsSchedule()": d.rectified_flow_log_snr,
     "EDMSampleSchedule()": d.edm_log_snr,
     "LinearSchedule()": d.linear_log_snr,
     "StableDiffusionSchedule()": d.stable_diffusion_log_snr,
-    "InterpolatedSchedule(CosineSchedule(),LinearSchedule(),shifts=[1.0,2.0])": lambda t, shift: d.shift_log_snr(
-        d.interpolated_log_snr(t, d.linear_log_snr(t, shift=2.0), d.cosine_log_snr(t)),
-        shift,
-        limits=(-9.2102404, 10 - 2 * math.log(2)),
-    ),
 }
 
 CONDITIONS = {
@@ -48,24 +42,21 @@ CONDITIONS = {
     "CosineTNoiseCond(s=0.02)": lambda x: d.cosine_t(x, s=0.02),
     "CosineTNoiseCond(shift=2)": lambda x: d.cosine_t(x, shift=2),
     "CosineTNoiseCond(clamp_range=[0.1,0.9])": d.cosine_t,  # the original ignores the clamp
-    "EDMNoiseCond()": d.edm_condition,
-    "SigmoidNoiseCond()": d.sigmoid_condition,
-    "SigmoidNoiseCond(clamp_range=[0.1,0.9])": lambda x: d.sigmoid_condition(x, clamp=(0.1, 0.9)),
     "LogSNRNoiseCond()": lambda x: x,
-    "EDMSigmaNoiseCond(sigma_data=0.5)": lambda x: d.sigma_condition(x, sigma_data=0.5),
     "RectifiedFlowsNoiseCond()": d.rectified_flow_condition,
-    "StableDiffusionNoiseCond()": d.stable_diffusion_t,
-    "DiscreteNoiseCond(CosineTNoiseCond(),steps=1000)": lambda x: d.discrete_condition(d.cosine_t(x), 1000),
 }
 
-INVERSES = {
-    "cosine": (d.cosine_log_snr, d.cosine_t),
-    "tangent": (d.tangent_log_snr, d.tangent_t),
-    "linear": (d.linear_log_snr, d.linear_t),
-    "rectified_flow": (d.rectified_flow_log_snr, d.rectified_flow_t),
-    "edm": (d.edm_log_snr, d.edm_t),
-    "stable_diffusion": (d.stable_diffusion_log_snr, d.stable_diffusion_t),
+LEFT_OUT = {
+    "CosineSchedule(discrete_steps=11)",
+    "InterpolatedSchedule(CosineSchedule(),LinearSchedule(),shifts=[1.0,2.0])",
+    "EDMNoiseCond()",
+    "SigmoidNoiseCond()",
+    "SigmoidNoiseCond(clamp_range=[0.1,0.9])",
+    "EDMSigmaNoiseCond(sigma_data=0.5)",
+    "StableDiffusionNoiseCond()",
+    "DiscreteNoiseCond(CosineTNoiseCond(),steps=1000)",
 }
+"""What the original has, and no network here is trained or sampled with."""
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, *, rtol: float = 1e-4, share: float = 1e-5) -> None:
@@ -77,8 +68,8 @@ def logsnr_grid() -> torch.Tensor:
 
 
 def test_every_table_is_covered():
-    assert set(TABLES["schedules"]["tables"]) == set(SCHEDULES)
-    assert set(TABLES["noise_conds"]["tables"]) == set(CONDITIONS)
+    assert set(TABLES["schedules"]["tables"]) - LEFT_OUT == set(SCHEDULES)
+    assert set(TABLES["noise_conds"]["tables"]) - LEFT_OUT == set(CONDITIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -166,8 +157,8 @@ def test_golden_targets(scaler, kind):
 GDF = {
     "std": (d.cosine_log_snr, "vp", "epsilon", d.cosine_t, d.p2_weight),
     "v": (d.cosine_log_snr, "vp", "v_prediction", d.cosine_t, None),
-    "x0": (d.cosine_log_snr, "vp", "sample", d.cosine_t, d.constant_weight),
-    "rf": (d.rectified_flow_log_snr, "lerp", "flow", d.rectified_flow_condition, d.constant_weight),
+    "x0": (d.cosine_log_snr, "vp", "sample", d.cosine_t, torch.ones_like),
+    "rf": (d.rectified_flow_log_snr, "lerp", "flow", d.rectified_flow_condition, torch.ones_like),
 }
 
 
@@ -178,7 +169,7 @@ def test_golden_diffuse(case):
     if weight is None:
 
         def weight(x):
-            return d.clipped_snr_plus_one_weight(x, gamma=5) / d.snr_plus_one_weight(x)
+            return (x.exp() + 1).clamp(max=5) / (x.exp() + 1)
 
     clean, noise = data["in.x0"], data["in.epsilon"]
     if info["offset_noise"]:
@@ -207,12 +198,14 @@ def test_golden_diffuse_with_stretched_limits():
     assert_near(d.target("epsilon", data["in.x0"], data["in.epsilon"], log_snr), data["stretched.target"])
 
 
-@pytest.mark.parametrize("name", INVERSES)
-def test_time_to_log_snr_and_back(name):
-    log_snr, inverse = INVERSES[name]
+def test_time_to_log_snr_and_back():
     t = TIMES[1:-1]
-    torch.testing.assert_close(inverse(log_snr(t)), t, rtol=0, atol=1e-10)
-    values = log_snr(TIMES)
+    torch.testing.assert_close(d.cosine_t(d.cosine_log_snr(t)), t, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["cosine", "tangent", "linear", "rectified_flow", "edm", "stable_diffusion"])
+def test_a_schedule_falls_from_clean_to_noise(name):
+    values = getattr(d, f"{name}_log_snr")(TIMES)
     assert (values[1:] < values[:-1]).all()
     assert torch.isfinite(values).all()
 
@@ -249,13 +242,6 @@ def test_condition_at_the_noisy_end_is_not_one():
     assert d.cosine_t(d.cosine_log_snr(torch.tensor(1.0))).item() == pytest.approx(0.9935832, abs=1e-6)
     clamped = d.cosine_t(torch.tensor([-9.0, 9.0]), clamp=(0.1, 0.9))
     torch.testing.assert_close(clamped, torch.tensor([0.9, 0.1]))
-
-
-def test_edm_training_noise_has_the_papers_mean():
-    normal = torch.randn(20000, generator=torch.Generator().manual_seed(0))
-    log_snr = d.edm_training_log_snr(normal)
-    assert log_snr.mean().item() == pytest.approx(2.4, abs=0.05)
-    assert log_snr.std().item() == pytest.approx(2.4, abs=0.05)
 
 
 def test_guidance_is_per_sample():
@@ -298,7 +284,6 @@ def test_guidance_in_half_precision_is_rounded_once():
         lambda: d.to_clean("eps", torch.zeros(1), torch.zeros(1), torch.zeros(1)),
         lambda: d.to_noise("eps", torch.zeros(1), torch.zeros(1), torch.zeros(1)),
         lambda: d.shift_log_snr(torch.zeros(1), 0),
-        lambda: d.discrete_times(torch.zeros(1), 1),
     ],
 )
 def test_refusals(call):

@@ -207,7 +207,9 @@ class ObjectiveSettings:
     """What the network predicts; absent: `v_prediction` with `edm_objective`, else `epsilon`."""
     adaptive_loss_weight: bool = False
     """Weight noise levels by the inverse of the loss seen there, instead of by `loss_weight`."""
-    loss_weight: Literal["p2", "min_snr", "debiased", "truncated_snr", "constant", "adaptive"] | None = None
+    loss_weight: (
+        Literal["p2", "min_snr", "debiased", "sech", "sigmoid", "truncated_snr", "constant", "adaptive"] | None
+    ) = None
     """Weight of noise levels; absent: `adaptive` with `adaptive_loss_weight`, else `p2`."""
     min_snr_gamma: float = setting(5.0, at_least=0, elsewhere="snr_gamma")
     """Signal-to-noise ratio at which `loss_weight: min_snr` is cut."""

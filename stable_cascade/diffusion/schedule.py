@@ -33,19 +33,6 @@ def shift_log_snr(log_snr: Tensor, shift: float, *, limits: Range | None = None)
     return shifted if limits is None else shifted.clamp(*limits)
 
 
-def discrete_times(t: Tensor, steps: int) -> Tensor:
-    """`t` rounded to the nearest of `steps` equally spaced points of [0, 1], both ends among them.
-
-    Shapes: any, in [0, 1] -> the same.
-
-    Raises:
-        ValueError: fewer than two steps.
-    """
-    if steps < 2:
-        raise ValueError(f"steps {steps}: at least 2 points are needed")
-    return (t * (steps - 1)).round() / (steps - 1)
-
-
 def warp_times(t: Tensor, power: float) -> Tensor:
     """`t ** power` for a power below 1, `1 - (1 - t) ** power` above it: both move the schedule towards noise.
 
@@ -111,15 +98,6 @@ def tangent_log_snr(t: Tensor, *, limits: Range = (-15.0, 15.0), shift: float = 
     return shift_log_snr(-2 * torch.log(torch.tan(start + t * (end - start))), shift, limits=limits)
 
 
-def tangent_t(log_snr: Tensor, *, limits: Range = (-15.0, 15.0)) -> Tensor:
-    """The time at which `tangent_log_snr` has this `log_snr`.
-
-    Shapes: any -> the same, in [0, 1].
-    """
-    start, end = math.atan(math.exp(-0.5 * limits[1])), math.atan(math.exp(-0.5 * limits[0]))
-    return ((torch.atan(torch.exp(-0.5 * log_snr)) - start) / (end - start)).clamp(0, 1)
-
-
 def sqrt_log_snr(t: Tensor, *, s: float = 1e-4, clamp: Range = (1e-4, 0.9999), shift: float = 1.0) -> Tensor:
     """log_snr of the square-root schedule: variance 1 - sqrt(t + s).
 
@@ -142,14 +120,6 @@ def linear_log_snr(t: Tensor, *, limits: Range = (-10.0, 10.0), shift: float = 1
     return shift_log_snr(limits[1] + t * (limits[0] - limits[1]), shift, limits=limits)
 
 
-def linear_t(log_snr: Tensor, *, limits: Range = (-10.0, 10.0)) -> Tensor:
-    """The time at which `linear_log_snr` has this `log_snr`.
-
-    Shapes: any -> the same, in [0, 1].
-    """
-    return ((limits[1] - log_snr) / (limits[1] - limits[0])).clamp(0, 1)
-
-
 def rectified_flow_log_snr(t: Tensor, *, limits: Range = (-15.0, 15.0), shift: float = 1.0) -> Tensor:
     """log_snr of the straight path (1 - t) clean + t noise: 2 ln((1 - t) / t), clamped to `limits`.
 
@@ -158,14 +128,6 @@ def rectified_flow_log_snr(t: Tensor, *, limits: Range = (-15.0, 15.0), shift: f
     Source: Liu et al. 2022 (rectified flow), eq. 1.
     """
     return shift_log_snr((2 * torch.log((1 - t) / t)).clamp(*limits), shift, limits=limits)
-
-
-def rectified_flow_t(log_snr: Tensor) -> Tensor:
-    """The time t of the straight path (1 - t) clean + t noise.
-
-    Shapes: any -> the same, in (0, 1).
-    """
-    return torch.sigmoid(-0.5 * log_snr)
 
 
 def edm_log_snr(t: Tensor, *, sigmas: Range = (0.002, 80.0), rho: float = 7.0, shift: float = 1.0) -> Tensor:
@@ -178,27 +140,6 @@ def edm_log_snr(t: Tensor, *, sigmas: Range = (0.002, 80.0), rho: float = 7.0, s
     low, high = (sigma ** (1 / rho) for sigma in sigmas)
     limits = (-2 * math.log(sigmas[1]), -2 * math.log(sigmas[0]))
     return shift_log_snr(-2 * rho * torch.log(low + t * (high - low)), shift, limits=limits)
-
-
-def edm_t(log_snr: Tensor, *, sigmas: Range = (0.002, 80.0), rho: float = 7.0) -> Tensor:
-    """The time at which `edm_log_snr` has this `log_snr`.
-
-    Shapes: any -> the same, in [0, 1].
-    """
-    low, high = (sigma ** (1 / rho) for sigma in sigmas)
-    return ((torch.exp(log_snr / (-2 * rho)) - low) / (high - low)).clamp(0, 1)
-
-
-def edm_training_log_snr(normal: Tensor, *, mean: float = -1.2, std: float = 1.2, shift: float = 1.0) -> Tensor:
-    """log_snr of EDM's training noise, ln(sigma) ~ N(mean, std), from standard normal numbers.
-
-    The mean log_snr is +2.4. The original negates `mean` and so trains around -2.4, far noisier than the paper.
-
-    Shapes: any -> the same.
-
-    Source: Karras et al. 2022 (EDM), table 1.
-    """
-    return shift_log_snr(-2 * (mean + std * normal), shift)
 
 
 def stable_diffusion_log_snr(
@@ -219,69 +160,12 @@ def stable_diffusion_log_snr(
     return shift_log_snr(torch.log(variance / (1 - variance)), shift, limits=limits)
 
 
-def stable_diffusion_t(log_snr: Tensor, *, betas: Range = (0.00085, 0.012), steps: int = 1000) -> Tensor:
-    """The time at which `stable_diffusion_log_snr` has this `log_snr`.
-
-    Shapes: any -> the same, in [0, 1].
-    """
-    table = _scaled_linear_variances(*betas, steps).to(device=log_snr.device, dtype=log_snr.dtype)
-    variance = torch.sigmoid(log_snr).clamp(table[-1], table[0])
-    above = torch.searchsorted(table.flip(0), variance.contiguous()).clamp(1, steps)
-    below = steps - above
-    share = (table[below] - variance) / (table[below] - table[below + 1])
-    return ((below + share) / steps).clamp(0, 1)
-
-
-def interpolated_log_snr(t: Tensor, at_clean: Tensor, at_noise: Tensor) -> Tensor:
-    """A blend of two schedules' values at `t`: `at_clean` rules at t = 0, `at_noise` at t = 1.
-
-    Shapes: any, three alike -> the same.
-
-    Source: Hoogeboom et al. 2023 (simple diffusion), eq. 6.
-    """
-    return torch.lerp(at_clean, at_noise, t)
-
-
-def sigmoid_condition(log_snr: Tensor, *, clamp: Range = (0.0, 1.0)) -> Tensor:
-    """Noise condition: the variance of the noise, sigmoid(-log_snr).
-
-    Shapes: any -> the same, in [0, 1].
-    """
-    return torch.sigmoid(-log_snr).clamp(*clamp)
-
-
 def rectified_flow_condition(log_snr: Tensor) -> Tensor:
     """Noise condition of the original's rectified-flow setup: the share of the CLEAN sample, 1 - t.
 
     Shapes: any -> the same, in (0, 1).
     """
     return torch.sigmoid(0.5 * log_snr)
-
-
-def edm_condition(log_snr: Tensor) -> Tensor:
-    """Noise condition ln(sigma) / 4.
-
-    Shapes: any -> the same.
-
-    Source: Karras et al. 2022 (EDM), table 1, c_noise.
-    """
-    return -log_snr / 8
-
-
-def sigma_condition(log_snr: Tensor, *, sigma_data: float = 1.0) -> Tensor:
-    """Noise condition sigma_data * sigma.
-
-    Shapes: any -> the same, positive.
-    """
-    return torch.exp(-0.5 * log_snr) * sigma_data
-
-
-def discrete_condition(condition: Tensor, steps: int = 1000) -> Tensor:
-    """Whole step number of a condition in [0, 1], in its floating dtype: floor(condition * steps), at most steps - 1.
-
-    Shapes: any -> the same.
-    """
-    return (condition * steps).floor().clamp(0, steps - 1)
 
 
 def _logit(probability: float) -> float:

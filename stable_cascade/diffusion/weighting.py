@@ -15,14 +15,6 @@ from torch import Tensor
 from stable_cascade.diffusion.process import PREDICTION_TYPES, scales
 
 
-def constant_weight(log_snr: Tensor, *, value: float = 1.0) -> Tensor:
-    """`value` everywhere.
-
-    Shapes: (B,) -> (B,).
-    """
-    return torch.full_like(log_snr, value)
-
-
 def p2_weight(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, s: float = 1.0) -> Tensor:
     """P2 weight for an epsilon network, (k + SNR^s)^-gamma: the weight of the released models, (1 + SNR)^-1.
 
@@ -36,24 +28,6 @@ def p2_weight(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, s: float =
     if k < 0:
         raise ValueError(f"k {k}: must not be negative; the paper uses 1")
     return (k + torch.exp(s * log_snr)) ** -gamma
-
-
-def snr_weight(log_snr: Tensor) -> Tensor:
-    """SNR: an unweighted epsilon loss, seen from a network that predicts the clean sample.
-
-    Shapes: (B,) -> (B,).
-    """
-    return torch.exp(log_snr)
-
-
-def snr_plus_one_weight(log_snr: Tensor) -> Tensor:
-    """SNR + 1: an unweighted v loss, seen from a network that predicts the clean sample.
-
-    Shapes: (B,) -> (B,).
-
-    Source: Salimans and Ho 2022, section 4.
-    """
-    return torch.exp(log_snr) + 1
 
 
 def truncated_snr_weight(log_snr: Tensor, *, lowest: float = 1.0) -> Tensor:
@@ -72,14 +46,6 @@ def clipped_snr_weight(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
     Shapes: (B,) -> (B,).
     """
     return torch.exp(log_snr).clamp(max=gamma)
-
-
-def clipped_snr_plus_one_weight(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
-    """min(SNR + 1, gamma): what the original calls MinSNRPlusOne.
-
-    Shapes: (B,) -> (B,).
-    """
-    return (torch.exp(log_snr) + 1).clamp(max=gamma)
 
 
 def min_snr_weight(
@@ -210,65 +176,6 @@ class AdaptiveLossWeight:
     def _follow(self, device: torch.device) -> None:
         if self.bucket_losses.device != device:
             self.bucket_losses, self.edges = self.bucket_losses.to(device), self.edges.to(device)
-
-
-class AdaptiveSchedule:
-    """A schedule t -> log_snr that visits noise levels in proportion to their running loss.
-
-    Uniform t gives log_snr whose density in each bucket is the bucket's running loss; t = 0 is the clean end, so that
-    the object stands in for any other schedule. Samples outside the range count in the nearest bucket (the original
-    counts them in the first).
-    """
-
-    def __init__(
-        self, log_snr_range: tuple[float, float] = (-10.0, 10.0), buckets: int = 100, lowest_probability: float = 0.0
-    ) -> None:
-        self.log_snr_range = log_snr_range
-        self.lowest_probability = lowest_probability
-        self.edges = torch.linspace(*log_snr_range, buckets + 1)
-        self.bucket_probabilities = torch.ones(buckets)
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """log_snr at `t`, the inverse of the buckets' cumulative distribution.
-
-        Shapes: (B,), in [0, 1] -> (B,).
-        """
-        self._follow(t.device)
-        mass = self.bucket_probabilities.to(t.dtype).clamp(min=self.lowest_probability)
-        cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])
-        u = (1 - t.detach()).clamp(0, 1)
-        last = len(mass) - 1
-        bucket = (torch.searchsorted(cumulative, u.contiguous(), right=True) - 1).clamp(0, last)
-        width = (cumulative[bucket + 1] - cumulative[bucket]).clamp(min=torch.finfo(t.dtype).tiny)
-        share = (u - cumulative[bucket]) / width
-        edges = self.edges.to(t.dtype)
-        return torch.lerp(edges[bucket], edges[bucket + 1], share.clamp(0, 1))
-
-    def update(self, log_snr: Tensor, loss: Tensor, *, beta: float = 0.99) -> None:
-        """Moves the running losses by the `loss` of each sample (gathered from all processes).
-
-        Shapes: (B,), (B,).
-        """
-        self._follow(log_snr.device)
-        index = torch.searchsorted(self.edges, log_snr.detach().to(self.edges.dtype).contiguous(), right=True) - 1
-        index = index.clamp(0, len(self.bucket_probabilities) - 1)
-        self.bucket_probabilities = bucket_average(self.bucket_probabilities, index, loss.detach(), beta=beta)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The running losses, on the CPU."""
-        return {"bucket_probabilities": self.bucket_probabilities.detach().cpu().clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned.
-
-        Raises:
-            ValueError: another number of buckets.
-        """
-        self.bucket_probabilities = _checked_state(state, "bucket_probabilities", self.bucket_probabilities)
-
-    def _follow(self, device: torch.device) -> None:
-        if self.edges.device != device:
-            self.bucket_probabilities, self.edges = self.bucket_probabilities.to(device), self.edges.to(device)
 
 
 def bucket_average(values: Tensor, index: Tensor, samples: Tensor, *, beta: float = 0.99) -> Tensor:

@@ -34,16 +34,21 @@ def loss_weight(config: Any) -> Weighting:
         adaptive = weighting.AdaptiveLossWeight()
         return Weighting(adaptive, {"adaptive_loss_weight": adaptive}, adaptive.update)
 
-    # Functions of log_snr. The debiased weight is published for the error of the noise, truncated SNR for that of the
-    # clean sample; the factor carries them over to what this network predicts.
-    def factor(log_snr: Tensor) -> Tensor:
-        return weighting.prediction_factor(log_snr, config.prediction_type)
+    # Functions of log_snr. Weights are published for the error of the noise, or for that of the clean sample; the
+    # factor carries them over to what this network predicts.
+    def on_clean(weight: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda log_snr: weight(log_snr) * weighting.prediction_factor(log_snr, config.prediction_type)
+
+    def on_noise(weight: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return on_clean(lambda log_snr: weight(log_snr) * log_snr.exp())
 
     choices: dict[str, Callable[[Tensor], Tensor]] = {
         "p2": weighting.p2_weight,
         "min_snr": lambda log_snr: weighting.min_snr_weight(log_snr, config.min_snr_gamma, config.prediction_type),
-        "debiased": lambda log_snr: weighting.debiased_weight(log_snr) * log_snr.exp() * factor(log_snr),
-        "truncated_snr": lambda log_snr: weighting.truncated_snr_weight(log_snr) * factor(log_snr),
+        "debiased": on_noise(weighting.debiased_weight),
+        "sech": on_noise(weighting.sech_weight),
+        "sigmoid": on_noise(weighting.sigmoid_weight),
+        "truncated_snr": on_clean(weighting.truncated_snr_weight),
         "constant": torch.ones_like,
     }
     return Weighting(choices[config.loss_weight], {}, None)
