@@ -36,6 +36,7 @@ REQUIRES = [
     "psutil>=5.9",
     "pillow>=10.3",
     "numpy>=2.0",
+    "matplotlib>=3.8",
 ]
 
 EXTRAS = {
@@ -48,7 +49,7 @@ EXTRAS = {
     "app": ["gradio>=6.31,<7"],
     "docs": ["mkdocs-material>=9.5"],
     "tensorboard": ["tensorboard>=2.16"],
-    "embedded": ["resvg-py>=0.5", "matplotlib>=3.8"],
+    "embedded": ["resvg-py>=0.5"],
     "quality": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML>=6.0"],
     "test": [
         "pytest>=8.3",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from stable_cascade.training import sharding
+from stable_cascade.training import processes
 from tests.toy_run import Toy, saved, toy_arguments, toy_config, toy_train
 from tests.trainer_runs import settings, tensors, train, write_cascade, write_config, write_images
 from tests.two_processes import ROOT, launch_sharded
@@ -140,16 +140,16 @@ def test_gradient_norm_of_a_sharded_model_is_that_of_the_whole(tmp_path):
 def test_what_cannot_be_sharded_is_refused():
     one, two = SimpleNamespace(is_fsdp2=False), SimpleNamespace(is_fsdp2=True)
     model = Toy()
-    sharding.refuse_unsupported(one, model, "adamw")
+    processes.refuse_unsupported(one, model, "adamw")
     with pytest.raises(ValueError, match="adamw_8bit does not work on sharded weights; set optimizer: adamw"):
-        sharding.refuse_unsupported(two, model, "adamw_8bit")
+        processes.refuse_unsupported(two, model, "adamw_8bit")
     model.frozen.bfloat16()
-    sharding.refuse_unsupported(two, model, "adamw")
+    processes.refuse_unsupported(two, model, "adamw")
     with pytest.raises(
         ValueError, match=r"FSDP 1 cannot shard bfloat16 and float32 weights in one unit; launch .*fsdp2"
     ):
-        sharding.refuse_unsupported(one, model, "adamw")
+        processes.refuse_unsupported(one, model, "adamw")
     quantized = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     model.frozen.weight = quantized
     with pytest.raises(ValueError, match=r"cannot shard the quantized weight 'frozen.weight'"):
-        sharding.refuse_unsupported(two, model, "adamw")
+        processes.refuse_unsupported(two, model, "adamw")

@@ -15,7 +15,7 @@ from stable_cascade.diffusion.weighting import AdaptiveLossWeight, p2_weight
 from stable_cascade.objectives.decoder import decoder_loss
 from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
 from stable_cascade.training import make_accelerator, train
-from stable_cascade.training.noise_levels import LossByNoiseLevel
+from stable_cascade.training.tracking import LossByNoiseLevel
 from stable_cascade.transfer import to_device, to_host
 from tests.tiny_cascade import tiny_decoder, tiny_prior
 from tests.toy_run import Toy, save_toy, toy_batches, toy_config, toy_loss

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from stable_cascade import bounds
-from stable_cascade.factory import control, fingerprints
+from stable_cascade.factory import cache, control
 from stable_cascade.factory.networks import network_on_meta
 from stable_cascade.training.model_card import read_export
 
@@ -47,7 +47,7 @@ def test_a_controlnet_that_notes_nothing_is_another(tmp_path):
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_memory_of_the_cache_is_none(tmp_path, kind):
     (tmp_path / "sources.json").write_text(DAMAGED[kind][0])
-    assert fingerprints._memory(tmp_path) == {}
+    assert cache._memory(tmp_path) == {}
 
 
 @pytest.mark.parametrize("text", ['{"_class_name": ["x"]}', '{"architectures": [3]}', '{"architectures": 3}'])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from stable_cascade.training import make_accelerator
-from stable_cascade.training.noise_levels import COUNTS, MEANS, LossByNoiseLevel, Span, plot_spans, spans_of_log
+from stable_cascade.training.tracking import COUNTS, MEANS, LossByNoiseLevel, Span, plot_spans, spans_of_log
 from tests.toy_run import Toy, saved, toy_config, toy_train
 
 
@@ -104,11 +104,12 @@ def test_plot_has_a_curve_at_the_place_of_its_values(tmp_path):
     spans = [Span(1, 10, ((-9.0, 0.1), (9.0, 0.1))), Span(11, 20, ((-9.0, 1.0), (9.0, 1.0)))]
     plot = Image.open(plot_spans(spans, tmp_path / "plot.png")).convert("RGB")
     assert plot.size == (720, 440)
-    dark = [y for y in range(440) if plot.getpixel((300, y))[2] - plot.getpixel((300, y))[0] > 60]
-    light = [y for y in range(440) if 20 < plot.getpixel((300, y))[2] - plot.getpixel((300, y))[0] <= 60]
-    assert dark
-    assert light
-    assert max(dark) < min(light[-1:]), "the greater loss is higher up"
+    column = [plot.getpixel((300, y)) for y in range(440)]
+    blue = {y: sum(pixel) for y, pixel in enumerate(column) if pixel[2] - pixel[0] > 20}
+    newest = min(blue, key=blue.get)
+    lowest = max(blue)
+    assert sum(column[newest]) < 400 < sum(column[lowest - 1]), "the newest span is the darkest line"
+    assert newest < lowest - 100, "the greater loss is higher up"
     assert plot.getpixel((0, 0)) == (255, 255, 255)
 
 

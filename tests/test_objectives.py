@@ -12,16 +12,16 @@ from stable_cascade.diffusion.process import add_noise, target
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
 from stable_cascade.models.clip import TextEmbedder
-from stable_cascade.objectives.autoencoding import (
+from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
+from stable_cascade.objectives.decoder import decoder_loss, semantic_noise, shrink
+from stable_cascade.objectives.denoising import chosen, denoising_loss, draw_log_snr, draw_noise
+from stable_cascade.objectives.prior import ConditionedPrior, drop_captions, prior_loss
+from stable_cascade.objectives.vqgan import (
     EncoderWithPreviewer,
     edge_loss,
     reconstruction_loss,
     semantic_encoder_loss,
 )
-from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
-from stable_cascade.objectives.decoder import decoder_loss, semantic_noise, shrink
-from stable_cascade.objectives.denoising import chosen, denoising_loss, draw_log_snr, draw_noise
-from stable_cascade.objectives.prior import ConditionedPrior, drop_captions, prior_loss
 from tests.tiny_cascade import tiny_decoder, tiny_parts, tiny_prior, tiny_text_encoder, tiny_tokenizer
 
 SEEDS = torch.tensor([11, 12, 13, 14])

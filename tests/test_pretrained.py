@@ -75,7 +75,7 @@ def test_a_trainers_text_encoder_that_is_not_whole(tmp_path):
 
     from transformers import CLIPTextModelWithProjection
 
-    from stable_cascade.factory.clip import from_source
+    from stable_cascade.factory.networks import from_source
 
     PARTS["text_encoder"].save_pretrained(tmp_path)
     config = SimpleNamespace(clip_text_model_name=str(tmp_path), pretrained_model_name_or_path=None)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from stable_cascade import StableCascadeVQGAN
 from stable_cascade.config import VQGANConfig, load_config
 from stable_cascade.models.vqgan import PatchDiscriminator
-from stable_cascade.objectives.autoencoding import reconstruction_loss
 from stable_cascade.objectives.vqgan import (
     AdversarialAutoencoder,
     hinge_loss,
@@ -22,6 +21,7 @@ from stable_cascade.objectives.vqgan import (
     perplexity,
     prepare_new,
     psnr,
+    reconstruction_loss,
     vqgan_loss,
 )
 from stable_cascade.trainers.vqgan import CodebookRevival, numbered

@@ -69,15 +69,15 @@ from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from stable_cascade.training import sharding
-from stable_cascade.training.ema import MovingAverage, own_part, trainable
+from stable_cascade.training import processes
+from stable_cascade.training.optimizers import MovingAverage, own_part, trainable
 from tests.toy_run import Toy
 
 folder, version = Path(sys.argv[1]), sys.argv[2]
 
 def make():
     model = Toy(dropout=0.0)
-    plan = sharding.blueprint(model)
+    plan = processes.blueprint(model)
     assert all(weight.is_meta for weight in plan.state_dict().values())
     if version == "1":
         model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"),
@@ -90,7 +90,7 @@ def make():
     rates = [{"params": [p], "lr": 0.01, "full_lr": 0.01} for p in trainable(model).values()]
     optimizer = torch.optim.AdamW(rates, lr=0.01)
     trained = frozenset(trainable(plan))
-    return plan, sharding.Parts(model, optimizer, MovingAverage(model, beta=0.9), trained, trained)
+    return plan, processes.Parts(model, optimizer, MovingAverage(model, beta=0.9), trained, trained)
 
 def steps(run, first, last):
     for step in range(first, last):
@@ -111,22 +111,22 @@ steps(run, 0, 3)
 if dist.get_rank() == 0:
     folder.mkdir()
 dist.barrier()
-sharding.write_parts(folder, run)
+processes.write_parts(folder, run)
 steps(run, 3, 6)
 end = own(run)
 
 plan, run = make()
-sharding.read_parts(folder, run)
+processes.read_parts(folder, run)
 steps(run, 3, 6)
 again = own(run)
 for one, other in zip(end, again):
     assert all(torch.equal(one[name], other[name]) for name in one)
 if version == "2":  # of FSDP 1 torch gathers whole weights on accelerators only; on a CPU it crashes
-    weights = sharding.gather_weights(run.model)
+    weights = processes.gather_weights(run.model)
     if dist.get_rank() == 0:
         rows, plain = torch.ones(2, 8), Toy(dropout=0.0)
         plain.load_state_dict(weights)
-        assert torch.equal(sharding.build(plan, weights)(rows), plain(rows))
+        assert torch.equal(processes.build(plan, weights)(rows), plain(rows))
         assert not torch.equal(plain.outer.weight, Toy().outer.weight)
 if dist.get_rank() == 0:
     print("sharded resume is exact")

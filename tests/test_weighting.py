@@ -34,7 +34,7 @@ WEIGHTS = {
 
 def test_every_table_is_covered():
     # Constants, SNR and SNR + 1 are written out where they are used.
-    written_out = {
+    plain = {
         "ConstantLossWeight(v=2)",
         "SNRLossWeight()",
         "SNRPlusOneLossWeight()",

@@ -19,8 +19,8 @@ from stable_cascade import factory
 from stable_cascade.config import CLIPConfig, load_config, run_main
 from stable_cascade.models.clip import clip_pixels
 from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
-from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
+from stable_cascade.training.optimizers import averaged
 from stable_cascade.training.tracking import make_accelerator
 
 WIDTH, LAYERS = 128, 3

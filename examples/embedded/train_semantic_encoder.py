@@ -9,10 +9,10 @@ from torch import nn
 
 from stable_cascade import factory
 from stable_cascade.config import SemanticEncoderConfig, load_config, run_main
-from stable_cascade.objectives.autoencoding import EncoderWithPreviewer, semantic_encoder_loss
+from stable_cascade.objectives.vqgan import EncoderWithPreviewer, semantic_encoder_loss
 from stable_cascade.trainers.check import plan_training
-from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
+from stable_cascade.training.optimizers import averaged
 from stable_cascade.training.sheets import preview_sheet
 from stable_cascade.training.tracking import make_accelerator
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from stable_cascade import factory
 from stable_cascade.estimate.memory import checkpointing
-from stable_cascade.factory.clip import CLIP_IMAGE, CLIP_TEXT, from_source
-from stable_cascade.factory.networks import network_class, preset, quantizes
+from stable_cascade.factory.networks import CLIP_IMAGE, CLIP_TEXT, from_source, network_class, preset, quantizes
 from stable_cascade.files.presets import clip_preset
 from stable_cascade.models.checkpointing import chosen_contexts
 from stable_cascade.objectives.prior import ConditionedPrior

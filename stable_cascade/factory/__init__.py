@@ -5,19 +5,19 @@ with them at everything that can go wrong, before the others load.
 """
 
 from .adapters import add_config_lora, add_config_text_lora, learned_tokens, learning_rate, trainable_text
-from .cache import Cache, fill_cache
-from .clip import clip_source, frozen_text, image_embedder, text_encoder, text_encoder_on_meta
+from .cache import Cache, fill_cache, remembered
 from .control import control_filter, control_images, controlnet, controlnet_on_meta, export_controlnet
 from .data import batches, content, samples, shown
-from .fingerprints import remembered
-from .inputs import Inputs, prior_inputs
-from .losses import Weighting, loss_weight, prior_loss_fn
+from .losses import Inputs, Weighting, loss_weight, prior_inputs, prior_loss_fn
 from .networks import (
     SCRATCH,
     cascade_folder,
     checkpoint_gradients,
+    clip_source,
     frozen,
     frozen_base,
+    frozen_text,
+    image_embedder,
     network,
     network_on_meta,
     on_demand,
@@ -25,6 +25,8 @@ from .networks import (
     quantization_entry,
     source,
     source_key,
+    text_encoder,
+    text_encoder_on_meta,
 )
 
 __all__ = [

@@ -15,7 +15,7 @@ from stable_cascade.adapters.lora import layer_shapes, lora_path, read_lora
 from stable_cascade.adapters.tokens import EMBEDS_NAME
 from stable_cascade.models.clip import TextEmbedder
 
-from .clip import text_encoder
+from .networks import text_encoder
 
 TEXT_FILTERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The layers of the text encoder that get an adapter when the config names none."""

@@ -33,7 +33,7 @@ from stable_cascade.pipelines.sampling import (
     vq_noise_shape,
 )
 from stable_cascade.schedulers import StableCascadeScheduler
-from stable_cascade.training.ema import averaged
+from stable_cascade.training.optimizers import averaged
 from stable_cascade.training.sheets import preview_sheet
 
 Batches = Callable[[int], Iterator[Batch]]

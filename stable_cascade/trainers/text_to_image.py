@@ -11,8 +11,8 @@ from stable_cascade.objectives.prior import ConditionedPrior
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import prior_previews
 from stable_cascade.trainers.start import start
-from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import train
+from stable_cascade.training.optimizers import averaged
 
 
 def main(argv: list[str] | None = None) -> None:

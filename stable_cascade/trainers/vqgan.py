@@ -19,8 +19,8 @@ from stable_cascade.objectives.vqgan import AdversarialAutoencoder, latent_scale
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import vqgan_previews
 from stable_cascade.trainers.start import start
-from stable_cascade.training.ema import averaged
 from stable_cascade.training.loop import step_seed, train
+from stable_cascade.training.optimizers import averaged
 
 MEASURED = 64
 """Images that the statistics of a new Stage A are measured on, and its `scale_factor`."""

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .ema import MovingAverage, averaged
     from .loop import NonFiniteError, seeded, train
-    from .optimizers import build_optimizer, learning_rate_share
+    from .optimizers import MovingAverage, averaged, build_optimizer, learning_rate_share
     from .run import TrainResult
     from .sheets import preview_sheet
     from .tracking import check_launch, image_folder, make_accelerator

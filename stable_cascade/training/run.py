@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import as_written, compile_blocks
 from stable_cascade.config import TrainingSettings
-from stable_cascade.training import checkpoints, folders, sharding, tracking
-from stable_cascade.training.ema import MovingAverage, averaged, trainable
+from stable_cascade.training import checkpoints, folders, processes, tracking
 from stable_cascade.training.float8 import prepare_float8
 from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
-from stable_cascade.training.noise_levels import LossByNoiseLevel
-from stable_cascade.training.optimizers import build_optimizer, parameter_groups
+from stable_cascade.training.optimizers import MovingAverage, averaged, build_optimizer, parameter_groups, trainable
 from stable_cascade.training.processes import broadcast, gathered
 from stable_cascade.training.publishing import publish_run
+from stable_cascade.training.tracking import LossByNoiseLevel
 
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
 PreviewFunction = Callable[[Path, nn.Module, int, "dict[str, Tensor] | None"], "Sequence[Path] | None"]
@@ -94,12 +93,12 @@ class Run:
         self.save_fn, self.preview_fn, self.data = save_fn, preview_fn, data
         model.train()
         self.network = model
-        self.sharded = sharding.is_sharded(accelerator)
+        self.sharded = processes.is_sharded(accelerator)
         self.blueprint: nn.Module | None = None
         if self.sharded:
-            sharding.refuse_unsupported(accelerator, model, config.optimizer)
-            self.blueprint = sharding.blueprint(model)
-            sharding.keep_precision(accelerator, model)
+            processes.refuse_unsupported(accelerator, model, config.optimizer)
+            self.blueprint = processes.blueprint(model)
+            processes.keep_precision(accelerator, model)
         if config.float8:  # after adapters, before compilation
             prepare_float8(model, accelerator)
         if config.compile:  # after adapters and checkpointing, before wrappers, which then see the compiled blocks
@@ -150,7 +149,7 @@ class Run:
         """Put the contents of a checkpoint in place."""
         contents = self._read(folder)
         if contents.weights is None:
-            sharding.read_parts(folder / checkpoints.PARTS, self._parts())
+            processes.read_parts(folder / checkpoints.PARTS, self._parts())
         else:
             expected = self._changing()
             if set(contents.weights) != expected:
@@ -182,11 +181,11 @@ class Run:
             raise checkpoints.DamagedError(message) if damaged else ValueError(message)
         return contents
 
-    def _parts(self) -> sharding.Parts:
+    def _parts(self) -> processes.Parts:
         """What the processes of a sharded run save and restore together."""
         assert self.blueprint is not None
         trained = frozenset(trainable(self.blueprint))
-        return sharding.Parts(self.model, self.plain_optimizer, self.ema, frozenset(self._changing()), trained)
+        return processes.Parts(self.model, self.plain_optimizer, self.ema, frozenset(self._changing()), trained)
 
     def _changing(self) -> set[str]:
         """Names of what training changes in the model: parameters that train, and buffers (running statistics)."""
@@ -231,16 +230,16 @@ class Run:
         """The model and its moving average in one piece; with a sharded model every process must take part."""
         if self.blueprint is None:
             return Whole(self.network, self.ema.state_dict() if self.ema is not None else None)
-        weights = sharding.gather_weights(self.model)
+        weights = processes.gather_weights(self.model)
         ema = None
         if self.ema is not None:
             with averaged(self.trained, self.ema):
-                ema = sharding.gather_weights(self.model)
+                ema = processes.gather_weights(self.model)
         if not self.accelerator.is_main_process:
             return Whole(self.network, None)
         names = set(trainable(self.blueprint))
         ema = {name: weight.float() for name, weight in ema.items() if name in names} if ema is not None else None
-        return Whole(sharding.build(self.blueprint, weights), ema)
+        return Whole(processes.build(self.blueprint, weights), ema)
 
     def save(self, whole: Whole) -> None:
         """Write the checkpoint of this step, back it up when due, delete the oldest."""
@@ -276,7 +275,7 @@ class Run:
         """Let every process write its part of a checkpoint; the folder it is begun in, and the parts' checksums."""
         begun = broadcast(self.accelerator, begin_folder(target) if self.accelerator.is_main_process else None)
         with cleared_if_full(begun, target):
-            return begun, sharding.write_together(self.accelerator, begun / checkpoints.PARTS, self._parts())
+            return begun, processes.write_together(self.accelerator, begun / checkpoints.PARTS, self._parts())
 
     def _export(self, whole: Whole, folder: Path) -> None:
         """Write the model in its own format."""
