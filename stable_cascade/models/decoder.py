@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -178,19 +177,6 @@ class StableCascadeDecoder(UNetMixin, ModelMixin, ConfigMixin, PeftAdapterMixin)
         if conditions.maps is not None:
             conditions.maps[size] = grid
         return grid
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | PathLike[str] | dict[str, Tensor],
-        config: dict[str, Any] | str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> StableCascadeDecoder:
-        """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from stable_cascade.files.loading import load_single_file
-
-        return load_single_file(cls, "decoder", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
 
 
 def _grid_mapper(in_channels: int, width: int) -> nn.Sequential:

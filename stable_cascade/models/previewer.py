@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
-from typing import Any
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -51,19 +48,6 @@ class StableCascadePreviewer(PretrainedMixin, ModelMixin, ConfigMixin):
         """
         x = semantic_latents.to(next(self.parameters()).dtype)
         return self.blocks(x.contiguous(memory_format=torch.channels_last))
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | PathLike[str] | dict[str, Tensor],
-        config: dict[str, Any] | str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> StableCascadePreviewer:
-        """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from stable_cascade.files.loading import load_single_file
-
-        return load_single_file(cls, "previewer", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
 
 
 def _activated(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, nn.Module, nn.Module]:

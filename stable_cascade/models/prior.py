@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,16 +193,3 @@ class StableCascadePrior(UNetMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
         text, image = tokens.split([tokens.shape[1] - absent.shape[1], absent.shape[1]], dim=1)
         share = weights.to(tokens).repeat_interleave(absent.shape[1] // count)[:, None]
         return torch.cat([text, torch.lerp(absent.expand_as(image), image, share)], dim=1)
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | PathLike[str] | dict[str, Tensor],
-        config: dict[str, Any] | str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> StableCascadePrior:
-        """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from stable_cascade.files.loading import load_single_file
-
-        return load_single_file(cls, "prior", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from os import PathLike
-from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -261,19 +259,6 @@ class StableCascadeVQGAN(PretrainedMixin, ModelMixin, ConfigMixin):
         decoded = self.decode(latents, force_not_quantize=force_not_quantize)
         decoded.latents = latents
         return decoded if return_dict else (decoded.sample,)
-
-    @classmethod
-    def from_single_file(
-        cls,
-        pretrained_model_link_or_path_or_dict: str | PathLike[str] | dict[str, Tensor],
-        config: dict[str, Any] | str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> StableCascadeVQGAN:
-        """A network from one local file with the names of the original or ours; see `load_single_file`."""
-        from stable_cascade.files.loading import load_single_file
-
-        return load_single_file(cls, "vqgan", pretrained_model_link_or_path_or_dict, config, torch_dtype, **kwargs)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self._run(self.down_blocks, self.in_block(pixels))
