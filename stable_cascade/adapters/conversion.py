@@ -151,6 +151,7 @@ def _layers_of_folder(folder: Path) -> dict[str, Mapping[str, Size]]:
     from stable_cascade.models.decoder import StableCascadeDecoder
     from stable_cascade.models.prior import StableCascadePrior
 
+    # The diffusion networks, built without memory.
     found: dict[str, Mapping[str, Size]] = {}
     for component, network in (("prior", StableCascadePrior), ("decoder", StableCascadeDecoder)):
         config = folder / component / "config.json"
@@ -159,6 +160,7 @@ def _layers_of_folder(folder: Path) -> dict[str, Mapping[str, Size]]:
                 found[component] = layer_shapes(built_on_meta(network, read_config(config), component))
             except ValueError as error:
                 raise ValueError(f"base {quoted(config)}: {brief(error, 200)}") from error
+    # The text encoder, by its three sizes.
     text = folder / "text_encoder" / "config.json"
     if text.is_file():
         given = [read_config(text).get(key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")]
@@ -177,12 +179,14 @@ def _tokens_for(
     lora: files.LoraFile, format: str, base: Any, train_tokens: Sequence[Sequence[str | None]] | None
 ) -> files.LoraFile:
     """The LoRA with its tokens as the format has them: rows by name, or differences by id for the original's."""
+    # Tokens that are not new ones have no place in most formats.
     own = next((name for name in lora.tokens if name.endswith("</w>")), None)
     if own is not None and format in ("onetrainer", "onetrainer_diffusers", "kohya", "comfyui"):
         raise ValueError(
             f"{quoted(lora.name)} changes the vocabulary's own token {quoted(own, 60)}, which {format} has no place "
             "for; write peft or original"
         )
+    # Only the original stores differences, so only from or to it anything changes.
     to_original, has_deltas = format == "original", bool(lora.token_deltas)
     if to_original == has_deltas or not (lora.tokens or has_deltas):
         return lora
@@ -191,6 +195,7 @@ def _tokens_for(
             f"{quoted(lora.name)} has learned tokens, which the original stores as differences to the text encoder's "
             "rows; give base, the pipeline it was trained for, and train_tokens"
         )
+    # Both ways need the rows of the base.
     tokenizer, text_encoder = _text_parts(base)
     if has_deltas:
         return files.with_tokens(lora, restart_rows(tokenizer, text_encoder, lora.token_deltas, train_tokens))

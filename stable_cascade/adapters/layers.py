@@ -114,6 +114,7 @@ def check_swap(model: Any, part: Part, adapter_name: str, name: str) -> None:
     Raises:
         ValueError: there is no such adapter, it is fused, or has too few layers, too low a rank, or other magnitudes.
     """
+    # The adapter is there and not fused.
     layers = dict(carrying(model, adapter_name))
     if not layers:
         used = ", ".join(getattr(model, "peft_config", {})) or "none"
@@ -122,6 +123,7 @@ def check_swap(model: Any, part: Part, adapter_name: str, name: str) -> None:
         )
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"hotswap: adapter '{adapter_name}' is fused into the weights; call unfuse_lora first")
+    # It has every layer, with room for the rank.
     for layer, rank in part.ranks.items():
         if layer not in layers:
             raise ValueError(f"hotswap: {quoted(name)} updates '{layer}', which adapter '{adapter_name}' does not; "
@@ -132,6 +134,7 @@ def check_swap(model: Any, part: Part, adapter_name: str, name: str) -> None:
                 f"hotswap: {quoted(name)} has rank {rank} in '{layer}', adapter '{adapter_name}' room for {room}; "
                 f"call enable_lora_hotswap(target_rank={max(part.ranks.values())}) before loading the first one"
             )
+    # Magnitudes and biases are either in both or in none.
     kinds = [sorted(own) for own in (_kinds(layers, adapter_name), _part_kinds(part))]
     if kinds[0] != kinds[1] or (kinds[0] and len(layers) != len(part.ranks)):
         said = [" and ".join(kind) or "no DoRA" for kind in kinds]
@@ -152,6 +155,7 @@ def swap(model: Any, part: Part, adapter_name: str, weight: float = 1.0) -> None
 
     ranks, alphas = {}, {}
     for name, layer in carrying(model, adapter_name):
+        # Fill both factors and set the scale; ranks that are left over stay zero.
         down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         room = len(down)
         _fill(down, part.tensors.get(f"{name}.lora_A.weight"), 0)
@@ -161,11 +165,13 @@ def swap(model: Any, part: Part, adapter_name: str, weight: float = 1.0) -> None
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = room, scale * room
         layer.use_rslora[adapter_name] = False
         _set_scaling(layer, adapter_name, weight * scale)
+        # Magnitudes of a DoRA.
         if f"{name}.lora_magnitude_vector" in part.tensors:
             magnitude = layer.lora_magnitude_vector[adapter_name].weight
             magnitude.copy_(part.tensors[f"{name}.lora_magnitude_vector"].reshape(magnitude.shape))
         if f"{name}.dora_scale" in part.tensors:
             getattr(layer, MAGNITUDE)[adapter_name].copy_(part.tensors[f"{name}.dora_scale"].reshape(-1))
+    # PEFT's config says what is in place now.
     use_dora = any(key.endswith(".lora_magnitude_vector") for key in part.tensors)
     model.peft_config[adapter_name] = LoraConfig(**config_of(ranks, alphas, use_dora=use_dora))
 

@@ -91,6 +91,7 @@ def load_part(
     module_filters: Sequence[str] | None = None,
 ) -> list[str]:
     """Puts one component's part of a read LoRA into its network; the names of the updated layers."""
+    # Fit.
     part = fitting_part(model, lora, component, module_filters)
     if adapter_name not in getattr(model, "peft_config", {}):
         config = lora_config(part)
@@ -99,12 +100,14 @@ def load_part(
             f"adapter_name '{adapter_name}' is in use ({', '.join(model.peft_config)}); choose another, delete it "
             "first, or give hotswap=True"
         )
+    # Inject; a failure leaves the network as it was.
     try:
         inject(model, config, adapter_name)
         fill(model, part, adapter_name)
     except (RuntimeError, ValueError) as problem:
         take_out(model, adapter_name)
         raise ValueError(f"{quoted(lora.name)} does not go into this {component}: {brief(problem, 300)}") from None
+    # Set the weight, and room for later exchanges where it was asked for.
     for layer in tuner_layers(model):
         layer.set_scale(adapter_name, weight)
     make_room(model, adapter_name)
@@ -154,6 +157,7 @@ def lora_path(path: str | Path, weight_name: str | None = None) -> Path:
         ValueError: there is none, or several and no `weight_name`.
     """
     path = local_path(path)
+    # In a folder: diffusers' name, PEFT's names, or the only file.
     if path.is_dir() and weight_name is None:
         if (path / files.WEIGHT_NAME).exists():
             return path / files.WEIGHT_NAME
@@ -278,9 +282,11 @@ def _located(
     source: Source, weight_name: str | None, hub: Mapping[str, Any]
 ) -> tuple[Path | Mapping[str, Tensor] | None, Path | None]:
     """The LoRA (file or state dict) and the learned tokens' file that a name means; None for what is not there."""
+    # In memory.
     if isinstance(source, Mapping):
         return source, None
     path = local_path(source)
+    # On the Hub: diffusers' file, or PEFT's where its config is there.
     if not path.exists() and str(source).count("/") == 1 and not path.suffix:
         embeds = from_hub(str(source), EMBEDS_NAME, hub, missing_ok=True)
         if weight_name is None and from_hub(str(source), files.CONFIG_NAME, hub, missing_ok=True) is not None:
@@ -288,6 +294,7 @@ def _located(
             return from_hub(str(source), safe, hub, missing_ok=True) or from_hub(str(source), pickled, hub), embeds
         file = from_hub(str(source), weight_name or files.WEIGHT_NAME, hub, missing_ok=embeds is not None)
         return file, embeds
+    # On this disk: a file or folder, with the tokens beside it.
     beside = (path if path.is_dir() else path.parent) / EMBEDS_NAME
     only_tokens = path.is_dir() and beside.exists() and len(list(path.glob("*.safetensors"))) == 1
     if only_tokens or path.name == EMBEDS_NAME:

@@ -129,6 +129,7 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
         """Writes state dicts in PEFT's layout to one file; `save_lora` does it from the networks themselves."""
+        # diffusers' arguments, one per component, as its writer wants them.
         layers = {
             "prior": prior_lora_layers, "decoder": decoder_lora_layers, "text_encoder": text_encoder_lora_layers,
         }  # fmt: skip
@@ -216,12 +217,14 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
 
     def unload_lora_weights(self) -> None:
         """Takes out every adapter and every learned token; what was fused stays in the weights, as in diffusers."""
+        # The adapters.
         self.__dict__.pop("_before_fusing", None)
         for component in self._lora_loadable_modules:
             model = getattr(self, component, None)
             if model is not None:
                 remove_lora(model)
         self._merged_adapters: set[str] = set()
+        # The tokens: the old tokenizer and as many rows as it has.
         before = self.__dict__.pop("_before_tokens", None)
         if before is not None:
             tokenizer, weight = before
@@ -265,12 +268,14 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
         self, lora: LoraFile, adapter_name: str | None, weight: float, module_filters: Sequence[str] | None
     ) -> None:
         """Puts each component's part in place of a loaded adapter; what of the adapter the file lacks becomes 0."""
+        # The adapter has to be there.
         loaded = {name for names in self.get_list_adapters().values() for name in names}
         if adapter_name is None or adapter_name not in loaded:
             raise ValueError(
                 f"hotswap needs the adapter_name of a loaded LoRA, not {adapter_name!r}; loaded: "
                 f"{', '.join(sorted(loaded)) or 'none'}"
             )
+        # Check every component before the first is changed.
         models = self._models_for(lora)
         parts = {}
         for component, model in models.items():
@@ -281,6 +286,7 @@ class StableCascadeLoraLoaderMixin(LoraBaseMixin):
             if model is not None and component not in parts and carrying(model, adapter_name):
                 parts[component] = Part({}, {})
                 check_swap(model, parts[component], adapter_name, lora.name)
+        # Exchange.
         for component, part in parts.items():
             swap(getattr(self, component), part, adapter_name, weight)
 

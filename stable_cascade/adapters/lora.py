@@ -53,12 +53,14 @@ def add_lora(
     """
     from peft import LoraConfig
 
+    # Check the numbers.
     given = {"rank": rank, **{f"rank_pattern '{word}':": own for word, own in (rank_pattern or {}).items()}}
     for key, value in given.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key} {value!r} is not a positive whole number; 4 to 64 are usual")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout {lora_dropout} is outside [0, 1)")
+    # Choose the layers, each with its rank; alpha / rank is the same for all.
     targets = _targets(model, [module_filters] if isinstance(module_filters, str) else list(module_filters))
     targets = _without(targets, module_excludes or ())
     alpha = rank if lora_alpha is None else lora_alpha
@@ -72,6 +74,7 @@ def add_lora(
         use_dora=use_dora,
         target_modules=targets,
     )
+    # Freeze the network, inject, and start from the seed.
     model.requires_grad_(False)
     inject(model, config, adapter_name)
     _start(model, adapter_name, seed)
@@ -127,6 +130,7 @@ def save_lora(
 
     folder = local_path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    # Collect each component's adapter with its config.
     replaced = files.split_components(overrides or {})
     parts, configs = {}, {}
     for component, model in (("prior", prior), ("decoder", decoder), ("text_encoder", text_encoder)):
@@ -135,6 +139,7 @@ def save_lora(
             configs[component] = model.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, operator, index]
     if parts:
         save_file(files.join_components(parts), folder / files.WEIGHT_NAME, files.write_metadata(configs))
+    # Tokens from the text encoder, averaged where an average is kept.
     if tokens is None and text_encoder is not None:
         tokens = next((module for module in text_encoder.modules() if isinstance(module, LearnedTokens)), None)
     if isinstance(tokens, LearnedTokens):

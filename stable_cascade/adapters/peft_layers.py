@@ -35,11 +35,13 @@ class OneTrainerConv2d(Conv2d):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Adds an adapter's factors, or PEFT's where the convolution has one group."""
         base: Any = self.get_base_layer()
+        # PEFT's own way, but for grouped convolutions.
         if base.groups == 1:
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
             return
         if config.lora_bias:
             raise ValueError(f"a convolution with {base.groups} groups takes no bias of a LoRA; leave it out")
+        # The first factor reads all channels, the second writes one group.
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         dropout = config.lora_dropout
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -52,6 +54,7 @@ class OneTrainerConv2d(Conv2d):
         if config.use_dora:
             self.lora_magnitude_vector[adapter_name] = OutputMagnitude(base.out_channels)
             self.lora_variant[adapter_name] = OutputDora()
+        # Scale and start as PEFT has them.
         self.use_rslora[adapter_name] = config.use_rslora
         self.scaling[adapter_name] = lora_alpha / (r**0.5 if config.use_rslora else r)
         nn.init.zeros_(self.lora_B[adapter_name].weight)  # type: ignore[arg-type]

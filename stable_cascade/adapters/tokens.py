@@ -88,6 +88,7 @@ def add_learned_tokens(
     """
     if not train_tokens:
         return None
+    # A row for every token: its own where it exists, otherwise that of a word it starts from.
     vocabulary = tokenizer.get_vocab()
     table = _table(text_encoder)
     rows: dict[str, Tensor] = {}
@@ -99,6 +100,7 @@ def add_learned_tokens(
             rows[name] = table[vocabulary[name]]
         else:
             rows[name] = _first_value(table, vocabulary, name, pattern)
+    # Make room for the new ones, and put the trainable rows in place.
     tokens = _grow(tokenizer, text_encoder, list(rows))
     learned = LearnedTokens(_table(text_encoder), tokens, torch.stack([row.float() for row in rows.values()]))
     text_encoder.set_input_embeddings(learned)
@@ -168,12 +170,14 @@ def read_learned_embeds(path: str | Path, token: str | None = None) -> dict[str,
     (embeds, header), named = read_weights(path), f"learned tokens {quoted(path)}"
     if "clip_g_out" in embeds:
         raise ValueError(f"{named} are output embeddings of OneTrainer, which are not used here; train without them")
+    # An unnamed row takes its name from the caller or from the header.
     unnamed = next((key for key in ("emb_params", "clip_g") if key in embeds), None)
     token = token or (header.get("token") if unnamed else None)
     if unnamed is not None and token is None:
         raise ValueError(f"{named} do not name their token; pass token='[name]'")
     if token is not None and (unnamed or len(embeds) == 1):
         embeds = {token: embeds[unnamed or min(embeds)]}
+    # Every token is one finite row.
     if not embeds:
         raise ValueError(f"{named} are none: the file is empty")
     for name, row in embeds.items():
@@ -198,6 +202,7 @@ def restart_rows(
     Raises:
         ValueError: the file has tokens outside the vocabulary and `train_tokens` does not account for them.
     """
+    # Ids beyond the vocabulary are the training's new tokens, in the order of train_tokens.
     vocabulary, table = tokenizer.get_vocab(), _table(text_encoder)
     names = {index: token for token, index in vocabulary.items()}
     entries = [_checked(entry) for entry in train_tokens or []]
@@ -212,6 +217,7 @@ def restart_rows(
     wrong = next((delta for delta in deltas.values() if delta.shape[-1] != width), None)
     if wrong is not None:
         raise ValueError(f"the LoRA file's tokens have width {wrong.shape[-1]}, this text encoder has {width}")
+    # Add the differences to the rows that the training started from.
     rows = {names[index]: table[index].float() + delta for index, delta in deltas.items() if index in names}
     for index, (name, pattern) in zip(unknown, added, strict=True):
         rows[name] = _first_value(table, vocabulary, name, pattern).float() + deltas[index]
@@ -237,6 +243,7 @@ def original_deltas(
     deltas: dict[int, Tensor] = {}
     free = len(vocabulary)
     named: set[str] = set()
+    # Number the tokens as the training did: new ones behind the vocabulary, others by their id.
     for name, pattern in entries:
         if _is_new(name) and name not in vocabulary:
             start, named = _first_value(table, vocabulary, name, pattern).float(), named | {name}
@@ -246,6 +253,7 @@ def original_deltas(
         for token in [name] if name in vocabulary else _existing(vocabulary, name):
             start, named = table[vocabulary[token]].float(), named | {token}
             deltas[vocabulary[token]] = rows.get(token, start).reshape(-1).float() - start
+    # Every row must have found its number.
     left = next((name for name in rows if name not in named), None)
     if left is not None:
         raise ValueError(
@@ -346,6 +354,7 @@ def usable_rows(
     """
     if not (lora.tokens or lora.token_deltas or lora.output_tokens):
         return {}
+    # What this pipeline cannot use.
     if getattr(pipeline, "text_encoder", None) is None:
         raise ValueError(f"'{lora.name}' has learned tokens, which need a text_encoder, and this pipeline has none")
     output = next(iter(lora.output_tokens), None)
@@ -360,6 +369,7 @@ def usable_rows(
             f"'{lora.name}' has {len(lora.tokens[several])} rows for the token {quoted(several, 60)}, and one is used "
             "here; train it with a token count of 1"
         )
+    # Rows as they are, and those that are stored as differences.
     rows = {name: row[0] for name, row in lora.tokens.items()}
     if lora.token_deltas:
         rows |= restart_rows(pipeline.tokenizer, pipeline.text_encoder, lora.token_deltas, train_tokens)

@@ -165,11 +165,13 @@ def constructed(cls: Any, params: Mapping[str, Any] | None, key: str, **extra: A
     """
     name = getattr(cls, "__name__", str(cls))
     given = dict(params or {})
+    # What the constructor takes, and what the program gives.
     signature = _signature(cls, name)
     accepted = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     free = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     names = [p.name for p in accepted]
     own = [parameter for parameter in names if parameter not in extra]
+    # Every given name must be known, and every required one given.
     for parameter in given:
         if parameter in extra:
             raise ValueError(f"{key} holds {parameter!r}, which {name} is given by the program; leave it away")
@@ -180,6 +182,7 @@ def constructed(cls: Any, params: Mapping[str, Any] | None, key: str, **extra: A
     missing = [p.name for p in accepted if p.default is p.empty and p.name not in {*given, *extra}]
     if missing:
         raise ValueError(f"{key} lacks {', '.join(map(repr, missing))}, which {name} requires")
+    # Construct; a value that it refuses is named with its key.
     wanted = {parameter: value for parameter, value in extra.items() if parameter in names}
     try:
         return cls(**given, **wanted)

@@ -57,6 +57,7 @@ def from_any(state_dict: Mapping[str, Tensor], component: str) -> tuple[dict[str
     table = dict(_TABLES[component])
     bare, ours = _PROJECTION[component]
     weights, constants = {}, {}
+    # Constants apart; the projection, which OpenCLIP stores transposed; then the tables; then the layers, by number.
     for name, value in state_dict.items():
         short = name.removeprefix("visual.") if component == "image_encoder" else name
         if short.rpartition(".")[2] in CONSTANTS:

@@ -98,16 +98,19 @@ def _of_folder(place: Path) -> Contents | None:
     files = weight_files(place)
     if not files:
         return None
+    # Read all shards of the network's weights.
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
         read, header = read_tensors(file)
         tensors |= read
         metadata |= header
+    # Find out which network it is.
     parts = split_checkpoint(tensors).parts
     if len(parts) != 1:
         raise ValueError(f"{quoted(place)} is {what_else(tensors)}, no network of Stable Cascade")
     component = next(iter(parts))
+    # What describes it, and the names of the files that stay behind.
     config = read_config(place / "config.json") if (place / "config.json").is_file() else None
     description = controlnet.read_description(place) if component == "controlnet" else {}
     known = {file.name for file in files} | {"config.json", controlnet.DESCRIPTION}
@@ -150,6 +153,7 @@ def _side_by_side(place: Path) -> Contents:
     metadata: dict[str, str] = {}
     left: list[str] = []
     origins: dict[str, str] = {}
+    # One network per folder or file; two of one kind leave open which is meant.
     for path in sorted(place.iterdir()):
         found = _of_folder(path) if path.is_dir() else _of_file(path) if path.suffix == ".safetensors" else None
         if found is None:

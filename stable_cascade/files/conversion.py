@@ -78,12 +78,14 @@ def convert_networks(
     Raises:
         ValueError: the source holds no network, the format cannot hold these, or the target exists.
     """
+    # Check every word and place before anything is read.
     if format not in FORMATS:
         raise ValueError(f"format {quoted(format, 60)} is none of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {quoted(dtype, 60)} is none of {', '.join(DTYPES)}")
     place, out = local_path(source), local_path(target)
     check_target(out, place, overwrite=overwrite)
+    # Choose the networks and check that the target's name suits them.
     contents = read_networks(place)
     try:
         contents = _chosen(contents, format, component)
@@ -91,6 +93,7 @@ def convert_networks(
     except ValueError as error:
         raise ValueError(f"{quoted(place)}: {error}") from None
     _check_name(out, contents, format)
+    # Change the type, and write beside the target until it is whole.
     networks, rounded = _typed(contents.networks, dtype)
     contents = replace(contents, networks=networks)
     with whole(out) as temporary:

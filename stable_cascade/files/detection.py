@@ -61,6 +61,7 @@ class Description:
 
     def short(self) -> str:
         """What it is, as the end of "this is …"."""
+        # What holds tensors says of what; a container names its parts.
         if self.kind == "network":
             size = f", {self.size}" if self.size else ""
             return f"the {COMPONENTS[str(self.component)].title}{size}, {self.format} names"
@@ -309,6 +310,7 @@ def lora_facts(tensors: Mapping[str, TensorInfo]) -> LoraFacts:
     targets: Counter[str] = Counter()
     components: dict[str, None] = {}
     widths: Counter[int] = Counter()
+    # Count by the first factor of every layer: its rows are the rank, its columns the width.
     for name, info in tensors.items():
         down = _DOWN.search(name)
         if not down or len(info.shape) < 2:

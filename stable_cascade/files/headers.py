@@ -97,6 +97,7 @@ def read_header(path: str | PathLike[str]) -> Header:
     kind = file_type(place)
     if kind != "safetensors":
         raise ValueError(f"{name} is a {kind} file, no safetensors file")
+    # Read the header's length, and so much of the file only if it can be true.
     with place.open("rb") as file:
         size = place.stat().st_size
         if size < 10:
@@ -108,6 +109,7 @@ def read_header(path: str | PathLike[str]) -> Header:
                 f"{size:,} (at most {MAX_HEADER:,} are read); download it again"
             )
         text = file.read(length)
+    # Check every entry against the size of the file.
     entries = _parsed(text, name)
     metadata = _metadata(entries.pop("__metadata__", {}), name)
     return Header(_tensors(entries, size - 8 - length, name), metadata, size)
@@ -144,6 +146,7 @@ def _metadata(values: Any, name: str) -> dict[str, str]:
 
 def _tensors(entries: dict[str, Any], size: int, name: str) -> dict[str, TensorInfo]:
     """The tensors of a header, after checking that they fill the file's `size` bytes without gaps."""
+    # Every tensor takes as many bytes as its shape and type say.
     found, places = {}, []
     for key, entry in entries.items():
         dtype, shape, begin, end = _entry(key, entry, name)
@@ -155,6 +158,7 @@ def _tensors(entries: dict[str, Any], size: int, name: str) -> dict[str, TensorI
             )
         found[key] = TensorInfo(label, shape)
         places.append((begin, end))
+    # Together they fill the file without gaps or overlaps.
     reached = 0
     for begin, end in sorted(places):
         if begin != reached:
@@ -243,6 +247,7 @@ def _check_archive(path: Path) -> None:
     """
     import zipfile
 
+    # An archive that opens, with a bounded number of entries.
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -252,6 +257,7 @@ def _check_archive(path: Path) -> None:
         ) from None
     if len(entries) > bounds.PICKLE_ENTRIES:
         raise ValueError(f"{quoted(path)} has {len(entries):,} entries; at most {bounds.PICKLE_ENTRIES:,} are read")
+    # Stored entries only: a compressed one could unpack to any size.
     packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
         entry = quoted(packed.filename, 60)

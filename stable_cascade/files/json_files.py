@@ -60,6 +60,7 @@ def check_sizes(config: Any, named: str) -> None:
     Raises:
         ValueError: a whole number is beyond `MAX_SIZE`, or one of `COUNTS` beyond `MAX_COUNT`.
     """
+    # Without recursion: a nested config must not overflow the stack.
     pending = [("", config, 0)]
     while pending:
         key, value, depth = pending.pop()

@@ -62,6 +62,7 @@ def load_single_file(
         ValueError: the file is missing or damaged, holds something else, the config is not known, or names or shapes
             do not fit it.
     """
+    # Check the arguments.
     torch_dtype = torch_dtype if dtype is None else dtype
     if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"torch_dtype {quoted(torch_dtype)} is no type of torch; give one, such as torch.bfloat16")
@@ -71,6 +72,7 @@ def load_single_file(
                 f"subfolder {quoted(subfolder)} is one of the folder that config names; give config=FOLDER"
             )
         config = str(local_path(config) / subfolder)
+    # Find the network in the file, build it without memory, and check that both fit.
     named = "state dict" if isinstance(source, Mapping) else f"weights file {quoted(source)}"
     content, metadata = (source, {}) if isinstance(source, Mapping) else read_file(source)
     check_names(content, named)
@@ -83,6 +85,7 @@ def load_single_file(
         _check_types(weights, torch_dtype)
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
+    # Convert one tensor at a time, so that memory never has two copies.
     for name in list(weights):
         weights[name] = _placed(weights[name], torch_dtype, device)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -153,12 +156,14 @@ def resolve_config(
 ) -> dict[str, Any]:
     """The constructor's arguments that `config` means; see `load_single_file`."""
     presets = PRESETS[component]
+    # Given: as it is, by a preset's name, or from a file.
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str) and config in presets:
         return preset(component, config)
     if config is not None:
         return _read_config(config, component)
+    # Not given: the preset whose shapes these are.
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     size = size_of(shapes, component)
     if size in presets:

@@ -191,11 +191,13 @@ def split_checkpoint(state_dict: Mapping[str, T]) -> Split[T]:
 
     A file without any of the prefixes is one part, if its names are those of a network.
     """
+    # A file of one network has no prefixes.
     if not is_checkpoint(state_dict):
         component = component_of(state_dict)
         if component is None:
             return Split({}, dict(state_dict))
         return Split({component: dict(state_dict)})
+    # Group by prefix.
     groups: dict[str, dict[str, T]] = {}
     left: dict[str, T] = {}
     for name, value in state_dict.items():
@@ -207,6 +209,7 @@ def split_checkpoint(state_dict: Mapping[str, T]) -> Split[T]:
             groups.setdefault(component, {})[_KEPT.get(prefix, "") + name.removeprefix(prefix)] = value
         else:
             left[name] = value
+    # A group without a name of its own is known by its tensors.
     split: Split[T] = Split({}, left)
     for name, group in groups.items():
         found = component_of(group) if name in ("network", "vae") else name

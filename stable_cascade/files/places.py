@@ -85,6 +85,7 @@ def describe_network_folder(place: Path) -> Description | None:
     files = weight_files(place)
     if not files:
         return None
+    # The headers of all shards as one.
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     size = 0
@@ -94,6 +95,7 @@ def describe_network_folder(place: Path) -> Description | None:
         metadata |= header.metadata
         size += header.size
     found = describe_tensors(tensors, place.name, metadata=metadata, size=size)
+    # Weights that are not part of it, and whose names its tensors have.
     others = sorted(file.name for file in place.glob("*.safetensors") if file not in files)
     notes = (f"other weights beside them: {brief(', '.join(others), 160)}",) if others else ()
     ours = found.component in KEY_MAPS and (place / "config.json").is_file()

@@ -17,6 +17,7 @@ RESIDUAL, TIMESTEP, ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "
 
 
 def _prior(width: int, heads: int, layers: list[int], **changed: Any) -> dict[str, Any]:
+    # Both levels are alike but for their depth.
     return {
         "in_channels": 16,
         "out_channels": 16,
@@ -44,6 +45,7 @@ def _prior(width: int, heads: int, layers: list[int], **changed: Any) -> dict[st
 
 def _decoder(widths: list[int], heads: list[int], layers: list[int], **changed: Any) -> dict[str, Any]:
     plain, attended = [RESIDUAL, TIMESTEP], [RESIDUAL, TIMESTEP, ATTENTION]
+    # Attention on the deeper levels only.
     return {
         "in_channels": 4,
         "out_channels": 4,

@@ -75,6 +75,7 @@ def naming_of(names: Iterable[str], component: str) -> str:
     Networks that have the same names everywhere are `original`.
     """
     names = list(names)
+    # CLIP and Stage A are known by a prefix, the others by how attention is split.
     if component in ("text_encoder", "image_encoder"):
         prefix = ("text_model.", "vision_model.")
         return "transformers" if any(name.startswith(prefix) for name in names) else "openclip"

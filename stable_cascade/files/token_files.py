@@ -45,11 +45,13 @@ def read_token_file(path: str | Path, token: str | None = None) -> tuple[dict[st
         ValueError: the token has no name, or the file holds no rows.
     """
     tensors, metadata = read_weights(path)
+    # The original's rows are differences: they need their base.
     if "embeddings.indices" in tensors:
         raise ValueError(
             f"{quoted(path)} has the original's learned tokens, differences to rows of its base without the tokens' "
             "names; load it with its base and save the tokens"
         )
+    # By name, or one unnamed row whose name the caller or the header knows.
     left = tuple(f"{name} ({what})" for name, what in _OTHERS.items() if name in tensors)
     unnamed = next((name for name in _UNNAMED if name in tensors), None)
     if unnamed is None:
@@ -63,6 +65,7 @@ def read_token_file(path: str | Path, token: str | None = None) -> tuple[dict[st
         if not name:
             raise ValueError(f"{quoted(path)} does not name its token; add --token '[name]'")
         rows = {name: tensors[unnamed]}
+    # One row or several per token.
     wrong = next((name for name, value in rows.items() if value.ndim not in (1, 2)), None)
     if wrong is not None or not rows:
         raise ValueError(f"{quoted(path)} has no rows of a token embedding")
@@ -77,6 +80,7 @@ def convert_tokens(
     Raises:
         ValueError: the format is none, cannot hold several tokens, or the target exists.
     """
+    # Check format, names and place.
     format = ALIASES.get(format, format)
     if format not in FORMATS:
         raise ValueError(f"format {quoted(format, 60)} of learned tokens is none of {', '.join([*FORMATS, *ALIASES])}")
@@ -87,6 +91,7 @@ def convert_tokens(
         raise ValueError(f"{quoted(target)}: learned tokens are one file; give a name with .safetensors")
     if format == "comfyui" and len(rows) > 1:
         raise ValueError(f"{quoted(source)} has {len(rows)} tokens, and a {format} file holds one; add --token NAME")
+    # ComfyUI keeps one token in a file, under a fixed name.
     with whole(out) as temporary:
         if format == "comfyui":
             ((name, value),) = rows.items()

@@ -54,6 +54,7 @@ class StableCascadeSemanticEncoder(PretrainedMixin, ModelMixin, ConfigMixin):
         image_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        # One mean and deviation per channel; features; latents of unit variance.
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             if len(values) != in_channels:
                 raise ValueError(

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # What a step computes, and what is exported.
     def loss_fn(model: Any, batch: Batch) -> Any:
+        # Networks that serve it, then the choices of the config.
         return decoder_loss(
             model,
             factory.shown(batch, device),

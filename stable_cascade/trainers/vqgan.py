@@ -166,11 +166,13 @@ class CodebookRevival:
 
     def before(self, step: int) -> int:
         """Called before every micro-batch; revives at the first one of the steps that are due, and says how many."""
+        # Once per step, and only where the step is due.
         if step == self.step:
             return 0
         self.step = step
         if step % self.every or not self.candidates:
             return 0
+        # Codes that nobody used take rows that were encoded lately; sorted, so that any number of processes agrees.
         dead = (self.counts == 0).nonzero().flatten()
         positions = torch.cat([positions for positions, _ in self.candidates])
         rows = torch.cat([rows for _, rows in self.candidates])[positions.argsort()].flatten(0, 1)

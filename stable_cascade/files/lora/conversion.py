@@ -67,11 +67,13 @@ def write(
     where the tool looks for them: into the file (OneTrainer, and the original as rows to add), into
     `learned_embeds.safetensors` (a folder), or into a folder `<name>_embeddings` with a file for each.
     """
+    # Where it goes.
     format, path = format_name(format), local_path(target)
     if path.suffix != ".safetensors" and format != "peft":
         raise ValueError(f"target {quoted(target)} does not end in .safetensors, as a file in {format} format has to")
     file = path if path.suffix == ".safetensors" else path / WEIGHT_NAME
     report = Report(lora.name, lora.format, str(target), format)
+    # Encode everything in memory first: what the format cannot hold ends here.
     try:
         check_tokens(lora, format)
         filters = None if format == "original" else module_filters
@@ -81,6 +83,7 @@ def write(
     except ValueError as problem:
         named = str(problem).startswith(quoted(lora.name))
         raise ValueError(str(problem) if named else f"{quoted(lora.name)} {problem}") from None
+    # Write the tensors with their metadata, then tokens that are files of their own.
     report.layers = {component: len(part.layers) for component, part in parts.items()}
     header = {**carried(lora.header, format, parts, report), **header, **(metadata or {})}
     report.tokens = [*lora.tokens, *(f"id {token}" for token in lora.token_deltas)]
@@ -212,6 +215,7 @@ def check_holds(format: str, parts: Mapping[str, Part], report: Report) -> None:
 
 def _check_kinds(format: str, part: Part, report: Report) -> None:
     kinds = {key.removeprefix(layer).removeprefix(".") for layer in part.layers for key in _own(part, layer)}
+    # What a format has no place for is refused.
     if "lora_B.bias" in kinds and format != "peft":
         raise ValueError(f"has biases (lora_bias), which no {format} file can hold; write peft instead")
     if "dora_scale" in kinds and format in ("peft", "original"):
@@ -221,12 +225,14 @@ def _check_kinds(format: str, part: Part, report: Report) -> None:
         )
     if "lora_magnitude_vector" in kinds and format == "original":
         raise ValueError("is a DoRA, which no original file can hold; write another format")
+    # What other tools compute differently is noted.
     if kinds & {"dora_scale", "lora_magnitude_vector"}:
         if format == "kohya":
             report.note("kohya's stable-cascade branch reads no DoRA; ComfyUI and OneTrainer do.")
         if "lora_magnitude_vector" in kinds and format != "peft":
             report.note("ComfyUI divides by the norm of the base weights, not of the updated ones: a DoRA draws a "
                         "little differently there.")  # fmt: skip
+    # OneTrainer's updates of depthwise convolutions have a shape of their own.
     depthwise = next((layer for layer in part.layers if _is_grouped(part, layer)), None)
     if depthwise is not None and format in ("peft", "original"):
         raise ValueError(

@@ -163,6 +163,7 @@ def _of_names(keys: list[str], header: Mapping[str, str]) -> str | None:
     def begins(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in keys)
 
+    # The most specific prefix first.
     if begins("lora_prior_unet_", "lora_prior_te_"):
         return "onetrainer"
     if begins("lycoris_"):

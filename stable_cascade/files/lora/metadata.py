@@ -187,6 +187,7 @@ def read_peft_config(folder: Path) -> tuple[str | None, dict[str, Any]]:
     def refused(key: str, remedy: str) -> ValueError:
         return ValueError(f"{quoted(path)} has {brief(key, 60)}: {quoted(config.get(key), 60)}, which {remedy}")
 
+    # Refuse whatever changes more than low-rank updates do.
     if config.get("peft_type", "LORA") != "LORA":
         raise refused("peft_type", "is no LoRA; merge it into the network with PEFT")
     began = config.get("init_lora_weights", True)
@@ -197,6 +198,7 @@ def read_peft_config(folder: Path) -> tuple[str | None, dict[str, Any]]:
     odd = next((key for key, value in config.items() if key not in _SAYS_NOTHING and _means_something(value)), None)
     if odd is not None:
         raise refused(odd, "is not read here; merge it into the network with PEFT")
+    # Rank and alpha are the strength; without them the tensors mean nothing.
     if not isinstance(config.get("r"), int) or config.get("lora_alpha") is None:
         raise ValueError(f"{quoted(path)} names no r or no lora_alpha, so the strength is unknown; get the file again")
     noted = config.get("auto_mapping") or {}

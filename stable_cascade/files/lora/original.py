@@ -90,12 +90,14 @@ def exact_filters(names: Iterable[str], chosen: Iterable[str], given: Sequence[s
     def weights(words: Sequence[str]) -> set[str]:
         return {original_weight(name) for name in matching_modules(names, words)}
 
+    # Filters that were given must choose just these layers.
     if given is not None:
         odd = sorted(weights(given) ^ wanted)
         if odd:
             has = "has" if odd[0] in wanted else "lacks"
             raise ValueError(f"{has} '{odd[0]}', unlike the layers that module_filters {list(given)} choose")
         return list(given)
+    # Otherwise try the usual ones, then search for a set of words.
     for likely in _LIKELY_FILTERS:
         if weights(likely) == wanted:
             return list(likely)
@@ -149,6 +151,7 @@ def from_original_lora(
     Raises:
         ValueError: the weights do not fit the layers in number or shape.
     """
+    # The file has no names: find the filters whose layers have these shapes.
     pairs = positional_pairs(state_dict)
     choices = [tuple(module_filters)] if module_filters else list(_LIKELY_FILTERS)
     problems = []
@@ -161,6 +164,7 @@ def from_original_lora(
     else:
         hint = "" if module_filters else "; pass the training's module_filters"
         raise ValueError(f"is an original LoRA with {len(pairs)} weights and does not fit: {problems[0]}{hint}")
+    # Give each pair its layer's name; a joined matrix becomes q, k and v.
     result = {}
     for (down, up), names in zip(pairs, targets, strict=True):
         for name, rows in zip(names, up.chunk(len(names)), strict=True):
@@ -197,6 +201,7 @@ def positional_pairs(state_dict: Mapping[str, Tensor]) -> list[tuple[Tensor, Ten
     """
     numbers = {int(found[1]) for found in map(POSITIONAL.fullmatch, state_dict) if found}
     pairs = []
+    # Numbers without gaps, two factors each, of one rank.
     for number in range(len(numbers)):
         down, up = (state_dict.get(f"weights.{number}.lora_{part}") for part in ("down", "up"))
         if down is None or up is None:
@@ -286,6 +291,7 @@ def _record(report: Report, names: Sequence[str], parts: Sequence[Factors | None
     padded = (
         f", padded to {rank} so that nothing is rounded" if rank > (ranks[0] if whole.shared else sum(ranks)) else ""
     )
+    # How the scale, and q, k and v, were put into one pair.
     if not whole.shared:
         report.lower("exact")
         report.note(
@@ -297,6 +303,7 @@ def _record(report: Report, names: Sequence[str], parts: Sequence[Factors | None
     elif any(one.alpha != 1 for one in given):
         report.lower("exact")
         report.note("Alpha was put into lora_up, as the original's is always 1.")
+    # What was filled up, and what was rounded.
     if len(given) < len(names):
         absent = sorted({name.rpartition("_")[2] for name, one in zip(names, parts, strict=True) if one is None})
         report.note(f"The LoRA has no {', '.join(absent)} in {original_weight(names[0])}; its rows there are zeros.")

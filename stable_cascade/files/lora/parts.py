@@ -128,15 +128,18 @@ def by_rank(parts: Sequence[Factors | None], rows: Sequence[int]) -> Joined:
         parts: the updates, None where a row group has none.
         rows: how many rows each group has.
     """
+    # Updates that share their first factor need its rank once; others add up.
     given = [part for part in parts if part is not None]
     first = given[0]
     shared = all(part.down.dtype == first.down.dtype and torch.equal(part.down, first.down) for part in given)
     least = len(first.down) if shared else sum(len(part.down) for part in given)
     rank = least
     ups, error = _ups(given, rank)
+    # A scale of alpha / rank that half precision cannot hold may be exact at a larger rank.
     if error and all(part.up.dtype in HALF for part in given):
         rank = next((more for more in range(least, 2 * least + 1) if _is_exact(given, more)), least)
         ups, error = _ups(given, rank)
+    # Lay the factors out block by block, zeros between.
     down = first.down.new_zeros(rank, first.down.shape[1])
     up = first.up.new_zeros(sum(rows), rank)
     column, used = 0, iter(ups)

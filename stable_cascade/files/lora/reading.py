@@ -59,6 +59,7 @@ def _with_config(lora: LoraFile, path: Path) -> LoraFile:
 
 
 def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> LoraFile:
+    # Only finite tensors.
     wrong = next((key for key in tensors if not isinstance(key, str) or not isinstance(tensors[key], Tensor)), None)
     if wrong is not None:
         raise ValueError(f"has {quoted(wrong)}, which is no tensor")
@@ -67,6 +68,7 @@ def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> Lo
         raise ValueError(
             f"has values in {quoted(broken, 80)} that are not finite: its training diverged; train it again"
         )
+    # Which tool wrote it; the original's layers are numbered and get their names later.
     format = detect(tensors, header)
     metadata = read_metadata(header)
     kept = {key: value for key, value in header.items() if key not in (METADATA_KEY, "format")}
@@ -74,6 +76,7 @@ def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> Lo
         weights = {key: value for key, value in tensors.items() if POSITIONAL.fullmatch(key)}
         _all_known(tensors, [*weights, "embeddings.indices", "embeddings.embeddings"])
         return LoraFile(name, format, {"prior": weights}, metadata, token_deltas=original_tokens(tensors), header=kept)
+    # Sort every key into a component's factors or alphas.
     parts: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, dict[str, float]] = {}
     for key, value in tensors.items():
@@ -87,6 +90,7 @@ def _parsed(name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> Lo
             _put(target, found.layer, _alpha(key, value), key)
         else:
             _put(parts.setdefault(found.component, {}), f"{found.layer}.{found.what}", value, key)
+    # Every layer must be whole; then the tokens.
     for component in {*parts, *alphas}:
         _check(parts.get(component, {}), alphas.get(component, {}))
     tokens, outputs = _tokens(tensors)
@@ -123,6 +127,7 @@ def _alpha(key: str, value: Tensor) -> float:
 
 def _check(part: Mapping[str, Tensor], alphas: Mapping[str, float]) -> None:
     """Passes when every layer has both factors of one rank, and nothing lies about without them."""
+    # No factor without its partner, and no integers.
     layers = set(layers_of(part))
     for key, value in part.items():
         what = next(what for what in TENSORS if key.endswith(f".{what}") or key == what)
@@ -136,6 +141,7 @@ def _check(part: Mapping[str, Tensor], alphas: Mapping[str, float]) -> None:
     odd = next(iter(alphas.keys() - layers), None)
     if odd is not None:
         raise ValueError(f"has an alpha for {quoted(odd, 80)} but no factors")
+    # Both factors have the same rank.
     for layer in layers:
         down, up = part[f"{layer}.lora_A.weight"], part[f"{layer}.lora_B.weight"]
         if min(down.ndim, up.ndim) < 2 or max(down.ndim, up.ndim) > 4 or len(down) != up.shape[1] or not len(down):
@@ -265,11 +271,13 @@ def renamed(
     tensors: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     for layer in layers_of(part):
+        # The layers of ours that a name of theirs stands for: three for a joined matrix.
         names = table.get(layer)
         if names is None:
             nearest = difflib.get_close_matches(layer, list(shapes)[:2000], n=1, cutoff=0) if len(layer) < 200 else []
             hint = f"; nearest: '{nearest[0]}'" if nearest else ""
             raise ValueError(f"updates {quoted(layer, 80)}, which this {component} lacks{hint}")
+        # Fit the tensors into the layers' shapes, each with its scale.
         own = {what: part[f"{layer}.{what}"] for what in TENSORS if f"{layer}.{what}" in part}
         rank = len(own["lora_A.weight"])
         for number, name in enumerate(names):
