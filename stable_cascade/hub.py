@@ -66,8 +66,8 @@ def ask(name: str, action: Callable[..., T], *, kind: str = "model", **options: 
     except Exception as error:  # HTTP clients, proxies, the offline mode and the cache each have errors of their own
         if reachable:
             raise HubError(
-                f"{quoted(name)} cannot be had from the Hub ({type(error).__name__}: {brief(error)}); give a local "
-                "path, or check the name and the network"
+                f"{quoted(name)} could not be loaded from the Hub ({type(error).__name__}: {brief(error)}); give a "
+                "local path, or check the name and the network"
             ) from error
         if _cache_only.get():
             raise NotAskedError(f"{quoted(name)} is not in the cache; a run will ask the Hub for it") from error
@@ -75,9 +75,10 @@ def ask(name: str, action: Callable[..., T], *, kind: str = "model", **options: 
 
 
 def _refused(name: str, why: str, remedy: str) -> HubError:
-    """The one line for what is neither here nor to be had."""
+    """The one line for what is neither here nor on the Hub."""
     return HubError(
-        f"{quoted(name)} is no file or folder here and cannot be had from the Hub ({why}); give a local path, {remedy}"
+        f"{quoted(name)} is no file or folder here and could not be loaded from the Hub ({why}); give a local "
+        f"path, {remedy}"
     )
 
 

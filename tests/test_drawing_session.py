@@ -252,7 +252,7 @@ def test_changed_files_are_refused_unless_allowed(session, tmp_path):
         (
             {"task": "control", "controlnets": (ControlChoice("nobody/nothing"),)},
             {"control_images": (checkered(),)},
-            "'nobody/nothing' is no file or folder here and cannot be had from the Hub",
+            "'nobody/nothing' is no file or folder here and could not be loaded from the Hub",
         ),
         ({"seed": 2**63 - 1}, {}, "goes beyond"),
     ],

@@ -121,7 +121,7 @@ def test_only_what_is_needed_is_downloaded(released, hub):
     assert not any("controlnet/" in path or "bf16" in path for path in hub.asked[-40:] if "stable-cascade/res" in path)
     hub.broken = "someone"
     refused(
-        "'someone/nothing' is no file or folder here and cannot be had from the Hub",
+        "'someone/nothing' is no file or folder here and could not be loaded from the Hub",
         StableCascadePipeline.from_pretrained,
         "someone/nothing",
     )
@@ -276,7 +276,7 @@ def test_networks_of_wrong_files_are_named(files, tmp_path):
     refused(
         "is no file on huggingface.co", StableCascadePipeline.from_single_file, "https://example.org/c.safetensors"
     )
-    refused("cannot be had from the Hub", StableCascadePrior.from_single_file,
+    refused("could not be loaded from the Hub", StableCascadePrior.from_single_file,
             "https://huggingface.co/stabilityai/stable-cascade/blob/main/none.safetensors")  # fmt: skip
 
 

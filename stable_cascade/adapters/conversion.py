@@ -1,4 +1,4 @@
-"""LoRA files from one tool's format to another's, with the layers' names of the released networks at hand."""
+"""LoRA files from one tool's format to another's, by the layers' names of the released networks."""
 
 from __future__ import annotations
 

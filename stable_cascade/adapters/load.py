@@ -38,7 +38,7 @@ def load_lora(
     """Names of the layers that a LoRA file, folder or state dict updates in this network; it is active afterwards.
 
     Args:
-        path: of any format in `files.lora.FORMATS` and `files.lora.READ_ONLY`, told by its keys.
+        path: of any format in `files.lora.FORMATS` and `files.lora.READ_ONLY`, recognised by its keys.
         weight: how strongly the update acts, 0 for not at all.
         module_filters: of the training, for the original's files only, which do not store them.
 

@@ -57,6 +57,7 @@ def wish(form: Form, known: Known, make: Callable[..., Drawing] = Drawing) -> Wi
     Raises:
         ValueError: a value that means nothing, or an input that is missing, in one line.
     """
+    # What every task has.
     task = form.task
     values: dict[str, Any] = {"task": task, "seed": whole("seed", form.seed)}
     values["prompt"] = "" if task == "reconstruct" else text("prompt", form.prompt)
@@ -68,6 +69,7 @@ def wish(form: Form, known: Known, make: Callable[..., Drawing] = Drawing) -> Wi
     values |= {side: whole(side, getattr(form, side) or 0) or None for side in ("width", "height")}
     if task in _PROMPTED:
         values |= _sampling(form)
+    # The inputs of this one, and the LoRAs.
     more, images = _INPUTS.get(task, _no_inputs)(form, known)
     count = whole("number of images", form.count)
     if not 1 <= count <= MOST_IMAGES:
@@ -234,6 +236,7 @@ def settings_of(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[st
 
     Input images are not among the values: a file that says where they lay is not to be trusted.
     """
+    # Settings that have one widget.
     values = {name: getattr(drawing, name) for name in _SHARED}
     values |= {
         "task": drawing.task,
@@ -247,6 +250,7 @@ def settings_of(drawing: Drawing, known: Known) -> tuple[dict[str, Any], list[st
         "sampler": drawing.sampler or AUTOMATIC,
         "shift": drawing.shift or 0,
     }
+    # Settings that depend on the task, and files that must be there again.
     if drawing.strength is not None:
         values["inpaint_strength" if drawing.task == "inpaint" else "strength"] = drawing.strength
     for place, weight in enumerate((drawing.image_weights or ())[:REFERENCES], start=1):

@@ -22,6 +22,7 @@ Widgets = Mapping[str, Any]
 
 def connect(page: gr.Blocks, widgets: Widgets, studio: Studio) -> None:
     """Joins the widgets and the studio."""
+    # Draw and stop.
     form = [widgets[name] for name in FIELDS]
     seen = [widgets[name] for name in ("line", "drawn", "original", "seed", "names", "history")]
     start = {
@@ -32,19 +33,21 @@ def connect(page: gr.Blocks, widgets: Widgets, studio: Studio) -> None:
     widgets["prompt"].submit(**start)
     widgets["stop"].click(stopping(studio), outputs=widgets["line"], show_progress="hidden", concurrency_limit=None)
     widgets["random"].click(_random_seed, outputs=[widgets["seed"], widgets["new_seed"]], show_progress="hidden")
+    # The history, and settings from a PNG.
     page.load(_shown_again(studio), widgets["names"], widgets["history"], show_progress="hidden")
     restored = [*form, widgets["tabs"], widgets["line"], widgets["drawn"], widgets["original"]]
     widgets["history"].select(restoring(studio, widgets), widgets["names"], restored, show_progress="hidden")
     widgets["settings_file"].upload(
         restoring_file(studio, widgets), widgets["settings_file"], restored, show_progress="hidden"
     )
+    # Control images and LoRAs.
     _connect_control(widgets, studio)
     slots = [widgets[f"lora_{number}"] for number in range(1, LORAS + 1)]
     widgets["refresh"].click(_refreshed(studio), outputs=[*slots, *widgets["lora_rows"]], show_progress="hidden")
 
 
 def _connect_control(widgets: Widgets, studio: Studio) -> None:
-    """The control image is shown as soon as what it is made of changes."""
+    """Shows the control image anew as soon as its image or filter changes."""
     names = ("control_image", "controlnet", "control_filter", "control_filtered")
     for name in names:
         widgets[name].change(
@@ -82,6 +85,7 @@ def drawing(studio: Studio, widgets: Widgets) -> Callable[..., Iterator[dict[Any
     """The form and the names of the history -> what there is to see, step by step."""
 
     def draw(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        # Say at once that something happens, then show every step.
         *fields, names = values
         yield {widgets["line"]: said("starting", "busy")}
         shown, last = 0, None

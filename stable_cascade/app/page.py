@@ -55,6 +55,7 @@ class Page(gr.Blocks):
 def make_page(studio: Studio) -> Page:
     """The page, ready to be served."""
     widgets: dict[str, Any] = {}
+    # Inputs on the left, results on the right.
     with Page(title="Stable Cascade", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         page.studio, page.looked_at = studio, set()
         gr.HTML(_heading(studio), padding=False)
@@ -68,6 +69,7 @@ def make_page(studio: Studio) -> Page:
                 sampling_settings(widgets)
             with gr.Column(scale=5, min_width=420):
                 _results(widgets)
+        # The open tab is the task; its name travels with the form.
         widgets["task"] = gr.Textbox(FIRST.task, visible="hidden", elem_id="task")
         for name, tab in widgets.pop("tab").items():
             tab.select(None, js=f"() => '{name}'", outputs=widgets["task"])
@@ -96,6 +98,7 @@ def _prompt(widgets: dict[str, Any], studio: Studio) -> None:
 
 
 def _results(widgets: dict[str, Any]) -> None:
+    # The image beside its original, where it has one.
     with gr.Row():
         widgets["original"] = gr.Image(
             label="Original", visible=False, interactive=False, height=440, format="png", buttons=["fullscreen"],
@@ -105,6 +108,7 @@ def _results(widgets: dict[str, Any]) -> None:
             label="Image", interactive=False, height=440, format="png", buttons=["download", "fullscreen"],
             min_width=200, elem_id="drawn",
         )  # fmt: skip
+    # What is going on, and what was drawn so far.
     widgets["line"] = gr.HTML("", elem_id="line", padding=False)
     widgets["names"] = gr.BrowserState([], storage_key="stable-cascade-images")
     hint("Drawn so far; press an image to get its settings back.")
@@ -221,6 +225,7 @@ def _inpaint(widgets: dict[str, Any], studio: Studio) -> None:
 
 
 def _control(widgets: dict[str, Any], studio: Studio) -> None:
+    # The network and its filter.
     names = list(studio.controlnets)
     if not names:
         hint(
@@ -234,11 +239,13 @@ def _control(widgets: dict[str, Any], studio: Studio) -> None:
         own = OWN_FILTER if names else "SoftEdgeFilter"
         widgets["control_filter"] = gr.Dropdown(filters, value=own, label="Filter", elem_id="control_filter")
     with gr.Row():
+        # The image, and what the filter makes of it.
         widgets["control_image"] = uploaded_image("Image to follow", "control_image", height=230)
         widgets["control_preview"] = gr.Image(
             label="What the ControlNet sees", interactive=False, height=230, format="png", buttons=["download"],
             elem_id="control_preview",
         )  # fmt: skip
+    # How strongly, and when.
     widgets["control_filtered"] = gr.Checkbox(
         FIRST.control_filtered, label="the image is a control image already (use no filter)"
     )
@@ -287,6 +294,7 @@ def lora_picker(widgets: dict[str, Any], studio: Studio) -> None:
     with gr.Accordion("LoRA", open=bool(names)):
         if not given:
             hint("Start the page with <code>--lora-dir FOLDER</code> to choose from its .safetensors files.")
+        # As many rows as there are files, up to the page's limit.
         widgets["lora_rows"] = []
         for number in range(1, LORAS + 1):
             with gr.Row(visible=number <= len(names)) as row:
@@ -304,6 +312,7 @@ def lora_picker(widgets: dict[str, Any], studio: Studio) -> None:
 def sampling_settings(widgets: dict[str, Any]) -> None:
     """What seldom needs to be changed."""
     with gr.Accordion("Sampling", open=False):
+        # Prompts and steps.
         widgets["negative_prompt"] = gr.Textbox(
             label="Negative prompt", placeholder="What should not be in the image?", max_length=20_000
         )
@@ -322,6 +331,7 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
                 0, 5, FIRST.decoder_guidance_scale, step=0.1, label="Guidance of Stage B", info="1 switches it off"
             )
         with gr.Row():
+            # The sampler and the choices of guidance.
             widgets["sampler"] = gr.Dropdown(
                 [AUTOMATIC, *((sampler.title, name) for name, sampler in SAMPLERS.items())],
                 value=FIRST.sampler, label="Sampler",
@@ -337,6 +347,7 @@ def sampling_settings(widgets: dict[str, Any]) -> None:
                 1, 4, FIRST.cache_interval, step=1, label="Whole steps", info="2: every second one, faster and rougher"
             )
         with gr.Row():
+            # When guidance acts.
             widgets["guidance_start"] = gr.Slider(
                 0, 1, FIRST.guidance_start, step=0.05, label="Guidance from", info="time, 0 is clean"
             )

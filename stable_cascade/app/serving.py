@@ -60,11 +60,13 @@ def bound(host: str, port: int) -> socket.socket:
         raise ValueError(f"--host {host} --port {port}: {reason}; choose another, --port 0 is any free") from None
 
 
-def serve(settings: PageSettings, *, told: Callable[[str], None], ready: Callable[[Any], None] | None = None) -> None:
+def serve(
+    settings: PageSettings, *, announce: Callable[[str], None], ready: Callable[[Any], None] | None = None
+) -> None:
     """Serves the page until Ctrl+C.
 
     Args:
-        told: gets the lines for whoever started it.
+        announce: gets the lines for whoever started it.
         ready: gets the server once the address is known; its `should_exit` ends it.
 
     Raises:
@@ -74,10 +76,10 @@ def serve(settings: PageSettings, *, told: Callable[[str], None], ready: Callabl
     listening = bound(settings.host, settings.port)
     with listening, tempfile.TemporaryDirectory(prefix="stable-cascade-page-") as folder:
         if not settings.only_this_machine:
-            told(OPEN_TO_OTHERS.format(host=settings.host))
+            announce(OPEN_TO_OTHERS.format(host=settings.host))
         application = make_application(settings, Path(folder))
         server = make_server(application)
-        told(f"the page is at {address(settings.host, listening)} (Ctrl+C ends it)")
+        announce(f"the page is at {address(settings.host, listening)} (Ctrl+C ends it)")
         if ready is not None:
             ready(server)
         with contextlib.suppress(KeyboardInterrupt):  # which the server raises again once it has ended
@@ -149,7 +151,7 @@ READING = re.compile(
 )
 WRITING = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?")
 
-# The browser itself is told to ask nobody else: whatever a later Gradio links to stays unasked.
+# The browser may ask nobody else: whatever a later Gradio links to stays unasked.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "

@@ -72,7 +72,7 @@ class Studio:
         return read_upload(path, mode=mode, largest=self.settings.max_upload_megapixels)
 
     def draw(self, form: Form, visitor: str) -> Iterator[Progress]:
-        """Draws what the form asks for; every step is told, every image is kept as soon as it is done.
+        """Draws what the form asks for; yields its progress, and keeps every image as soon as it is done.
 
         Args:
             visitor: who asks; `stop` with the same name ends it.
@@ -80,17 +80,19 @@ class Studio:
         Raises:
             ValueError: the form asks for something that cannot be drawn.
         """
+        # Start the drawing in a thread of its own.
         if form.new_seed:
             form = replace(form, seed=random_seed())
         asked = wish(form, self.known(), self.session.drawing)
         run = Run(lambda on_step: self._each(asked, on_step))
         self._running[visitor] = run
-        now, told = Progress("starting", asked.drawing.seed), 0.0
+        now, sent = Progress("starting", asked.drawing.seed), 0.0
         try:
+            # Pass on its news, not more often than a browser can show them.
             for news in run.news():
-                if isinstance(news, Step) and time.monotonic() - told < PAUSE:
+                if isinstance(news, Step) and time.monotonic() - sent < PAUSE:
                     continue
-                now, told = self._told(now, news, asked, form), time.monotonic()
+                now, sent = self._progress(now, news, asked, form), time.monotonic()
                 yield now
         except Stopped:
             yield replace(now, line=f"stopped · {_images(len(now.finished))} finished")
@@ -139,7 +141,7 @@ class Studio:
             yield self.session.original(asked.drawing, asked.images)
         yield from self.session.each(asked.drawing, asked.images, count=asked.count, on_step=on_step)
 
-    def _told(self, now: Progress, news: Any, asked: Wish, form: Form) -> Progress:
+    def _progress(self, now: Progress, news: Any, asked: Wish, form: Form) -> Progress:
         number = f"image {len(now.finished) + 1} of {asked.count} · " if asked.count > 1 else ""
         if isinstance(news, Image.Image):
             return replace(now, original=news)

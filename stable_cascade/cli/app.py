@@ -17,9 +17,11 @@ def add_app(commands: Any) -> None:
         help="draw on a page in the browser",
         description="Serves a page with every way of drawing, on this machine and without a network.",
     )
+    # What is served, and where.
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub name (default %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s, this machine)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 is any free one (default %(default)s)")
+    # LoRAs, ControlNets and how the model runs.
     parser.add_argument(
         "--lora-dir", type=local_path, metavar="FOLDER", help="LoRAs to choose from: its .safetensors files"
     )
@@ -60,4 +62,4 @@ def _app(arguments: argparse.Namespace) -> None:
         max_upload_megapixels=arguments.max_upload_megapixels,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the way out that removes the images' folder
-    serve(settings, told=lambda line: print(line, flush=True))
+    serve(settings, announce=lambda line: print(line, flush=True))

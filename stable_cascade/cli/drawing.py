@@ -142,8 +142,8 @@ def _run(arguments: argparse.Namespace) -> None:
     written: list[tuple[Drawn, Path]] = []
     several = given["count"] * len(drawings) > 1
     with Progress(given["count"] * len(drawings), given["live"]) as progress:
-        told: dict[str, Any] = {"on_step": progress.on_step, "previews": given["live"] is not None}
-        images = itertools.chain.from_iterable(session.each(drawing, **options, **told) for drawing in drawings)
+        watching: dict[str, Any] = {"on_step": progress.on_step, "previews": given["live"] is not None}
+        images = itertools.chain.from_iterable(session.each(drawing, **options, **watching) for drawing in drawings)
         for drawn in progress.watch(images):
             written.append((drawn, new_path(given["output"], drawn, len(written) if several else None)))
             if not given["json"]:

@@ -74,9 +74,11 @@ def add_model_options(options: Parser) -> None:
 def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
     """How it draws; without `prior` only Stage B does."""
     options.group("sampling")
+    # Seed and size.
     options.add("--seed", type=int, help="image number i is drawn with seed + i (default 0)")
     options.add("--height", type=int, help="multiple of 8; default: the model's own, or the image's")
     options.add("--width", type=int, help="the same")
+    # Stage C.
     if prior:
         options.add("--steps", type=int, help="of Stage C (default 20)")
         options.add("--guidance", type=float, help="of Stage C (default 4)")
@@ -85,6 +87,7 @@ def add_sampling_options(options: Parser, *, prior: bool = True) -> None:
                     help="file or folder of a worse prior: guide Stage C away from it (autoguidance)")  # fmt: skip
         options.add("--negative", metavar="TEXT", help="negative prompt")
         options.switch("--weighted", "read (words:1.3) in prompts")
+    # Stage B, and the choices that both have.
     options.add("--decoder-steps", type=int, help="of Stage B (default 10)")
     options.add("--decoder-guidance", type=float, help="of Stage B (default 1.1)")
     options.add("--sampler", choices=tuple(SAMPLERS), help="of both stages; default: the model's. "
@@ -110,6 +113,7 @@ def add_control_options(options: Parser, *, own_image: bool) -> None:
 def add_output_options(options: Parser) -> None:
     """What becomes of the images."""
     options.group("output")
+    # How many, and where to.
     options.add("--count", type=int, default=1, help="images per prompt (default %(default)s)")
     options.add("--batch-size", type=int, default=1,
                 help="images at a time (default %(default)s); above 1 their last bit may depend on it")  # fmt: skip
@@ -124,6 +128,7 @@ def add_output_options(options: Parser) -> None:
     options.add(
         "--live", type=local_path, default=None, metavar="FILE", help="rewrite this image while Stage C samples"
     )
+    # For programs, and for drawing an image again.
     options.add("--json", action="store_true", default=False, help="print one JSON object and nothing else")
     options.add("--from-image", type=local_path, default=None, metavar="PNG",
                 help="draw this image again; options beside it change what they name")  # fmt: skip
@@ -137,12 +142,14 @@ def changed_drawing(base: Drawing, given: Mapping[str, Any]) -> Drawing:
     Raises:
         ValueError: an option that means nothing, or does not fit the others.
     """
+    # Options that are fields of a drawing.
     changes: dict[str, Any] = {field: given[name] for name, field in SIMPLE.items() if name in given}
     changes |= {name: knob.check(name, changes[name]) for name, knob in KNOBS.items() if name in changes}
     if "lora" in given:
         changes["loras"] = tuple(
             LoraChoice(path, **_named(numbers, "weight")) for path, numbers in _parsed(given["lora"], "--lora", 1)
         )
+    # Inputs; a mask and margins exclude each other.
     if "outpaint" in given:
         changes |= {"outpaint": _outpaint(given["outpaint"]), "mask_image": None}
     if "mask" in given:
@@ -186,6 +193,7 @@ def _references(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _controls(base: Drawing, given: Mapping[str, Any]) -> dict[str, Any]:
     """The ControlNets: new ones keep the images of the old ones in their place, and the other way round."""
+    # New networks.
     choices = list(base.controlnets)
     if "controlnet" in given:
         found = _parsed(given["controlnet"], "--controlnet", 3)
@@ -194,6 +202,7 @@ def _controls(base: Drawing, given: Mapping[str, Any]) -> dict[str, Any]:
             ControlChoice(path, image, **_named(numbers, "scale", "start", "end"))
             for (path, numbers), image in zip(found, old, strict=False)
         ]
+    # New images.
     images = given.get("image") if base.task == "control" else given.get("control_image")
     if images is not None:
         if not choices:
@@ -202,6 +211,7 @@ def _controls(base: Drawing, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{len(images)} control images for {len(choices)} ControlNets; give one each, or one")
         files = [InputFile(path) for path in images] * (len(choices) if len(images) == 1 else 1)
         choices = [replace(choice, image=file) for choice, file in zip(choices, files, strict=True)]
+    # New filters.
     for name in ("filtered", "filter"):
         if name in given:
             choices = [replace(choice, **{name: given[name]}) for choice in choices]

@@ -15,17 +15,19 @@ def add_convert(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="write a network, a LoRA or learned tokens in another tool's format",
-        description="What IN is, is told by its keys and shapes. Networks: original, diffusers (a folder), comfyui "
+        description="IN is recognised by its keys and shapes. Networks: original, diffusers (a folder), comfyui "
         "(prefixed; from a whole pipeline's folder one checkpoint of a stage with all its parts), openclip (CLIP's "
         "encoders). LoRA: peft, original, kohya, onetrainer, onetrainer_diffusers, comfyui. Tokens: diffusers, "
         "comfyui. Values stay as they are, bit for bit, unless --dtype or the format asks for others; what is not "
         "carried over is named.",
     )
+    # For every kind of file.
     parser.add_argument("source", metavar="IN", help="file or folder")
     parser.add_argument("target", metavar="OUT", help="file, or folder where the format is one")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="the format to write")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    # For networks, and for adapters and tokens.
     networks = parser.add_argument_group("networks")
     networks.add_argument("--component", metavar="NAME", help="write this one alone: prior, decoder, vqgan, …")
     networks.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the values; else kept")

@@ -30,6 +30,7 @@ def add_prepare(commands: Any) -> None:
         "name, a row of metadata.jsonl, metadata.csv or captions.csv (file_name, text), or a key text or caption of "
         "the .json of the same name.",
     )
+    # Places, then limits.
     parser.add_argument("folder", metavar="FOLDER", help="images and captions, searched with its subfolders")
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--shard-size", type=int, default=1000, help="samples in one shard (default %(default)s)")
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, or 2 after an error of one line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     argv = sys.argv[1:] if argv is None else argv
+    # A misuse is an object too, where JSON was asked for.
     try:
         arguments = make_parser().parse_args(argv)
     except Misuse as misuse:
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": misuse.message}))
         raise
     try:
+        # Run; an error is one line without credentials.
         arguments.run(arguments)
     except (ValueError, OSError) as error:
         message = brief(redacted(str(error)), LONGEST_ERROR)

@@ -74,6 +74,7 @@ def add_estimate(commands: Any) -> None:
         description="Counts parameters and traces one training step on the meta device; loads no weights and needs "
         "no GPU. Options come before CONFIG, changed keys (--key value) after it.",
     )
+    # How the answer looks, and what it is computed for.
     parser.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
     parser.add_argument("--processes", type=int, default=1, help="processes that share a batch (default %(default)s)")
     parser.add_argument(

@@ -63,7 +63,7 @@ class Setting:
         largest = self.LARGEST if self.at_most is None else self.at_most
         low = number < self.at_least if self.at_least is not None else self.above is not None and number <= self.above
         high = abs(number) > largest or (self.below is not None and number >= self.below)
-        # A share is told by its interval, any other number by the bound that it breaks.
+        # The message for a share names its interval, that for any other number the bound that it breaks.
         if (low or high) and 1 in (self.at_most, self.below):
             return f"must lie {self.range_text()}"
         if low:

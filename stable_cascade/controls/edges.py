@@ -52,7 +52,7 @@ class CannyFilter:
     def _edges(self, image: Tensor) -> Tensor:
         cv2 = needed_module("cv2", "CannyFilter", OPENCV)
         small = resized(image, self.resize).clamp(0, 1)
-        # Truncated, not rounded: that is what the original's edges were made of.
+        # Truncated, not rounded: the original computes its edges so.
         levels = (small * 255).byte().permute(1, 2, 0).contiguous().numpy()
         edges = torch.from_numpy(cv2.Canny(levels, self.low, self.high))[None].float() / 255
         return resized(edges, None if self.resize is None else image.shape[-2:]).clamp(0, 1)

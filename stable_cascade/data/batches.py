@@ -86,11 +86,13 @@ def training_batches(
     Raises:
         ValueError: a number is negative, or too many samples are broken.
     """
+    # Check the arguments and prepare what decodes.
     if start_step < 0 or num_workers < 0:
         raise ValueError(f"start_step {start_step} and num_workers {num_workers} must not be negative")
     decoder = Decoder(plan.crops, samples.masks, plan.known_broken)
     loading = Loading(num_workers, BrokenWatch(samples.max_broken_share), as_stored, pin_memory)
     loaded: Iterator[Batch]
+    # An index is read in a shuffled order, a stream as it comes; without decoding only names are made.
     if isinstance(samples, SampleIndex):
         order = plan.order(samples)
         rows = IndexedRows(order, plan, start_step)
@@ -208,6 +210,7 @@ def planned_crops(samples: SampleIndex | SampleStream, plan: Plan, steps: int) -
         raise ValueError("streaming: true has no plan to make a cache from; set streaming: false")
     if steps < 0:
         raise ValueError(f"steps {steps} must not be negative")
+    # The same order and the same replacements as in training.
     choice, buckets, order = plan.crops, plan.buckets, plan.order(samples)
     decoder = Decoder(choice, samples.masks, plan.known_broken)
     replacements = Replacements(order)
@@ -217,6 +220,7 @@ def planned_crops(samples: SampleIndex | SampleStream, plan: Plan, steps: int) -
         if decoder.known_broken:
             pairs = zip(batch.positions.tolist(), batch.samples.tolist(), strict=True)
             numbers, _ = usable(samples, [(p, n, batch.bucket) for p, n in pairs], replacements, decoder)
+        # A crop is known by bucket, sample and variant; it is listed where it is first used.
         variants = batch.positions if choice.fresh else choice.numbers(batch.positions)
         size = buckets.sizes[batch.bucket]
         entries = zip(numbers.tolist(), variants.tolist(), batch.positions.tolist(), strict=True)

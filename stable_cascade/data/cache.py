@@ -163,6 +163,7 @@ def _entries(file: Path) -> list[tuple[str, _Layout, int]]:
     damaged = f"cache file {file} is damaged; delete it, and what it held is computed again"
     size = file.stat().st_size
     with file.open("rb") as opened:
+        # A length that the file can hold, then the table of tensors.
         start = opened.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
@@ -177,6 +178,7 @@ def _entries(file: Path) -> list[tuple[str, _Layout, int]]:
                     end = max(end, stop)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(damaged) from None
+    # A shard that was cut short ends before its last tensor.
     if size != 8 + length + end:
         raise ValueError(damaged)
     return entries

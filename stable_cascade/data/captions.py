@@ -71,7 +71,7 @@ def text_of(data: bytes) -> str:
 
 
 def check_caption(caption: str) -> None:
-    """Passes when a caption from JSON, a table or a data set can be told to a text encoder.
+    """Passes when a caption from JSON, a table or a data set can be given to a text encoder.
 
     Raises:
         ValueError: it is too long, or holds half a character.

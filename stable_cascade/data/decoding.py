@@ -79,9 +79,11 @@ class Decoder:
         seed = int(sample_seeds(self.choice.seed, where)[0])
         for candidate in candidates:
             key = candidate.key
+            # Pass over what is known to be broken, without a try.
             if key in self.known_broken:
                 broken.append(f"{key}: known to be broken")
                 continue
+            # Decode and crop; whatever is wrong with a file makes it broken.
             hashes = np.array([candidate.content_hash], np.uint64)
             crop_seed = int(self.choice.seeds(where, hashes, place.size)[0])
             try:

@@ -210,6 +210,7 @@ class Expression:
 
 def _problem(node: ast.expr, name: str) -> str | None:
     """Why this one node is not allowed, or None."""
+    # Values and the argument; no attributes, since they lead out of any expression.
     if isinstance(node, ast.Constant):
         fine = node.value is None or isinstance(node.value, (bool, int, float, str))
         return None if fine else f"the literal {node.value!r}"
@@ -217,6 +218,7 @@ def _problem(node: ast.expr, name: str) -> str | None:
         return None if node.id == name else f"the name {node.id!r}"
     if isinstance(node, ast.Attribute):
         return f"the attribute access .{node.attr}"
+    # Calls of listed functions, subscripts by constants.
     if isinstance(node, ast.Call):
         called = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
         if not isinstance(node.func, ast.Name) or called not in FUNCTIONS:
@@ -228,6 +230,7 @@ def _problem(node: ast.expr, name: str) -> str | None:
             index = index.operand
         plain = isinstance(index, ast.Constant) and isinstance(index.value, (str, int))
         return None if plain else "a subscript that is no constant"
+    # Operators and displays.
     if isinstance(node, ast.BinOp):
         return None if type(node.op) in _ARITHMETIC else f"the operator {type(node.op).__name__}"
     if isinstance(node, ast.UnaryOp):
@@ -244,6 +247,7 @@ def _starred(nodes: list[ast.expr]) -> bool:
 
 
 def _evaluate(node: ast.expr, scope: dict[str, Any]) -> Any:
+    # Python's own meaning of each node that `_problem` lets pass.
     match node:
         case ast.Constant():
             return node.value

@@ -72,6 +72,7 @@ def index_dataset(
     Raises:
         ValueError: it cannot be loaded, lacks a column, or holds nothing usable.
     """
+    # Read every header once, undecoded.
     dataset = _open(dataset_name, streaming=False)
     needed = _check_columns(dataset_name, dataset.column_names, columns, filters)
     dataset = _undecoded(dataset.select_columns(needed), columns)
@@ -80,6 +81,7 @@ def index_dataset(
     source = HubSource(short_name(dataset_name), dataset, np.arange(len(sizes)), columns)
     if not len(sizes):
         raise ValueError(f"dataset_name {dataset_name!r} has no rows")
+    # Keep what is readable, passes the filters and has a caption.
     keep = sizes[:, 0] > 0
     broken = [f"{source.key(int(index))}: {found[int(index)].fault}" for index in np.flatnonzero(~keep)[:10]]
     unreadable = int((~keep).sum())
@@ -92,11 +94,13 @@ def index_dataset(
     if uncaptioned.any() and not columns.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, f"caption_column {columns.caption}")
+    # Hash the content, and count masks where they are asked for.
     images, masks, texts = np.array([header.hashes for header in found], np.uint64).reshape(-1, 3)[keep].T
     masked = None
     if columns.mask is not None:
         masked = int((masks != 0).sum())
         check_masks(masked, int(keep.sum()), f"images to mask_column {columns.mask!r}")
+    # Report what was left out, and keep only the columns that are read again.
     report = IndexReport(
         int(keep.sum()), 0, unreadable, tuple(broken), rejected, int(uncaptioned.sum()), masked=masked
     )
@@ -169,6 +173,7 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
     import datasets
 
     _refuse_pairs(dataset_name)
+    # A saved dataset, a local folder, or a dataset of the Hub.
     saved = any(os.path.isfile(os.path.join(dataset_name, name)) for name in ("dataset_dict.json", "state.json"))
     try:
         if saved:
@@ -187,6 +192,7 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
             f"dataset_name {dataset_name!r} cannot be loaded ({type(error).__name__}: {lines[0]}); "
             "give a dataset of the hub or a local folder"
         ) from None
+    # The split to train on.
     if isinstance(loaded, dict):
         split = "train" if "train" in loaded else next(iter(loaded))
         if split != "train" and len(loaded) > 1:

@@ -41,6 +41,7 @@ class Image:
 
 def images_in(root: Path, target: Path) -> tuple[list[Image], tuple[str, ...]]:
     """Every image under `root`, in the order of its path, with a key of its own; lines about what is left out."""
+    # Find images, masks and texts.
     hidden: list[Path] = []
     files = list(_files(root, target, hidden))
     rows = _metadata(root, files)
@@ -50,6 +51,7 @@ def images_in(root: Path, target: Path) -> tuple[list[Image], tuple[str, ...]]:
     found = [path for path in files if _is_image(path, texts, path.relative_to(root).as_posix() in rows)]
     texts.images = {path.with_suffix("") for path in found}
     masks = {path.with_suffix(""): path for path in found if path.stem.lower().endswith(MASK)}
+    # Give every image its key, its texts and its mask.
     used: set[Path] = set()
     for path in found:
         if path.with_suffix("") in masks:
@@ -64,6 +66,7 @@ def images_in(root: Path, target: Path) -> tuple[list[Image], tuple[str, ...]]:
             images.append(Image(key, path, *_texts(path, texts, rows.pop(relative, {})), mask))
         except ValueError as error:
             images.append(Image(key, path, "", {}, mask, str(error)))
+    # What was meant to belong to an image, and to which none belongs.
     alone = [path for path in masks.values() if path not in used]
     if alone:
         raise ValueError(
@@ -136,7 +139,7 @@ def _is_hidden(name: str) -> bool:
 def _is_image(path: Path, texts: _Texts, named: bool) -> bool:
     """Whether a file is an image by its name or its bytes, or meant to be one: a caption lies beside it or names it.
 
-    What is meant to be one and cannot be read is told later, with the reason.
+    What is meant to be one and cannot be read is reported later, with the reason.
     """
     if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
         return True
@@ -190,10 +193,12 @@ def _metadata(root: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     for name in METADATA_FILES:
         for path in sorted(path for path in files if path.name.lower() == name):
             for number, row in enumerate(_rows(path), 1):
+                # The image that a row is about, relative to the metadata file.
                 file = next((row[key] for key in _FILE_KEYS if row.get(key)), None)
                 if not isinstance(file, str):
                     raise ValueError(f"{str(path)!r} row {number} has no file_name ({', '.join(map(str, row))})")
                 place = os.path.normpath(os.path.join(path.parent.relative_to(root).as_posix(), file))
+                # Rows about the same image add up; a second caption is an error.
                 known = rows.setdefault(place.replace(os.sep, "/"), {})
                 other = [key for key in CAPTION_KEYS if key in known and row.get(key, known[key]) != known[key]]
                 if other:

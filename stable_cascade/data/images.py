@@ -64,8 +64,8 @@ def image_size(data: bytes, *, whole: bool = True) -> tuple[int, int] | None:
         if not whole:
             return None
         unknown = isinstance(error, UnidentifiedImageError)  # its text shows an object's address
-        told = "its bytes are of no kind that is read" if unknown else brief(error)
-        raise ValueError(_unread_kind(data) or f"no readable image: {told}") from None
+        reason = "its bytes are of no kind that is read" if unknown else brief(error)
+        raise ValueError(_unread_kind(data) or f"no readable image: {reason}") from None
     if width < 1 or height < 1:
         raise ValueError(f"no readable image: its size is {width} x {height}")
     bounds.check_shape(width, height)

@@ -123,6 +123,7 @@ def index_samples(
     Raises:
         ValueError: nothing usable is there; the message says what is wrong with which file or setting.
     """
+    # Check the arguments.
     filters = parse_filters(dataset_filters)
     captions = caption_source(captions_getter)
     if (webdataset_path is None) == (dataset_name is None):
@@ -130,10 +131,12 @@ def index_samples(
         raise ValueError(f"give either webdataset_path or dataset_name; {given} of them is set")
     if not 0 <= max_broken_share <= 1:
         raise ValueError(f"max_broken_share {max_broken_share} must lie in [0, 1]")
+    # A Hugging Face dataset.
     if dataset_name is not None:
         columns = HubColumns(image_column, caption_column, allow_missing_captions, mask_column if masks else None)
         open_dataset = stream_dataset if streaming else index_dataset
         return open_dataset(dataset_name, columns, filters, max_broken_share)
+    # Shards: find them, scan them or load their tables, and join what can be used.
     assert webdataset_path is not None
     locations = shard_locations(webdataset_path)
     found = _tables(locations, filters, captions, cache_dir)
@@ -200,13 +203,16 @@ def _select(
     limits: _Limits,
 ) -> SampleIndex:
     """The index of what is readable, passes the filters and has a caption."""
+    # Join the tables of all shards.
     numbers = np.concatenate([np.full(len(table.keys), n, np.int32) for n, table in enumerate(tables)])
     source = ShardSource(locations, numbers, tables, captions, ByteReader())
     sizes = np.concatenate([table.sizes for table in tables])
+    # Readable images.
     readable = sizes[:, 0] > 0
     faults = StringColumn.joined([table.faults for table in tables])
     broken = [f"{source.key(int(n))}: {faults[int(n)]}" for n in np.flatnonzero(~readable)[:10]]
     check_unreadable(int((~readable).sum()), len(sizes), broken, limits.max_broken_share, "make the shards again")
+    # Those that pass the filters and have a caption.
     keep = readable.copy()
     rejected: dict[str, int] = {}
     if filters:
@@ -219,11 +225,13 @@ def _select(
     if uncaptioned.any() and not limits.allow_missing_captions:
         example = source.key(int(np.flatnonzero(uncaptioned)[0]))
         raise missing_captions(int(uncaptioned.sum()), int(keep.sum()), example, captions.name)
+    # Their content, and their masks where they are asked for.
     images, masks, texts = np.concatenate([table.hashes for table in tables])[keep].T
     masked = None
     if limits.masks:
         masked = int((masks != 0).sum())
         check_masks(masked, int(keep.sum()), "members KEY.mask.png to the shards")
+    # Report what was left out, and let go of its rows.
     report = IndexReport(
         int(keep.sum()), len(locations), int((~readable).sum()), tuple(broken), rejected, int(uncaptioned.sum()),
         masked=masked, skipped_shards=limits.failures,
@@ -277,6 +285,7 @@ def load_table(path: Path) -> ShardTable | None:
 
 def save_table(path: Path, table: ShardTable) -> None:
     """Remembers the table, atomically; in a folder that cannot be written it does nothing."""
+    # Write beside, then rename.
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,7 @@ def usable(
     broken: dict[int, tuple[str, ...]] = {}
     if not decoder.known_broken:
         return numbers, broken
+    # The first candidate of each row that is not known to be broken.
     for place, row in enumerate(rows):
         passed: list[str] = []
         for number in replacements.candidates(row):

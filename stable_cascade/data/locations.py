@@ -86,6 +86,7 @@ def _tars_of_folder(place: str) -> list[str]:
     Raises:
         ValueError: there are none, or some are compressed and not unpacked beside it.
     """
+    # Compressed tars allow no random access.
     names = sorted(os.listdir(place))
     tars = [name for name in names if name.lower().endswith(".tar")]
     packed = [name for name in names if name.lower().endswith(_PACKED)]
@@ -95,6 +96,7 @@ def _tars_of_folder(place: str) -> list[str]:
             f"webdataset_path {place!r} holds {len(left):,} compressed tars, for example {left[0]!r}; unpack them to "
             "plain .tar files, or take them out of the folder"
         )
+    # What is not read is said.
     hidden = [name for name in tars if name.startswith(".")]
     if hidden:
         log.warning("%s: hidden tars are not read, for example %s", place, quoted(hidden[0]))
@@ -198,12 +200,14 @@ def shard_stamp(location: str) -> tuple[int, str]:
         ShardFailure: a remote one cannot be asked, after all attempts.
         ValueError: it does not exist, or may not be read.
     """
+    # Local: size and time of change.
     if not is_remote(location):
         try:
             status = os.stat(location)
         except OSError as error:
             raise ValueError(f"shard {location!r} cannot be opened: {short(error)}") from None
         return status.st_size, str(status.st_mtime_ns)
+    # Remote: size and ETag, asked for anew.
     files, path = filesystem(location)
 
     def ask() -> dict[str, Any]:
@@ -257,7 +261,7 @@ def _remote_spans(location: str, spans: Sequence[tuple[int, int]]) -> list[bytes
     """The bytes of each (offset, size) of a remote shard.
 
     Raises:
-        OSError: they still cannot be had after all attempts, or the shard is gone.
+        OSError: they still cannot be read after all attempts, or the shard is gone.
     """
     files, path = filesystem(location)
     starts, ends = [start for start, _ in spans], [start + size for start, size in spans]

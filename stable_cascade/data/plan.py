@@ -209,6 +209,7 @@ def _fill(
     for number in np.unique(numbers):
         bucket = int(number)
         mask = numbers == number
+        # What waits in the bucket comes first; whole batches leave it.
         old = waiting.get(bucket, (positions[:0], samples[:0]))
         where = np.concatenate([old[0], positions[mask]])
         what = np.concatenate([old[1], samples[mask]])
@@ -218,6 +219,7 @@ def _fill(
             for i in range(0, full, batch_size)
         ]
         left[bucket] = (where[full:], what[full:])
+    # A batch is complete at its last position.
     ready.sort(key=lambda batch: int(batch.positions[-1]))
     return ready, left
 

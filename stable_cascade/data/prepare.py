@@ -74,6 +74,7 @@ def prepare_shards(
     Raises:
         ValueError: there is nothing to write, captions are missing, too much is broken, or `out` has shards already.
     """
+    # Check both places.
     root, target = local_path(folder), local_path(out)
     if shard_size < 1:
         raise ValueError(f"shard_size {shard_size} must be at least 1")
@@ -83,6 +84,7 @@ def prepare_shards(
         raise ValueError(f"{str(target)!r} is no folder; give the folder that the shards go to")
     if not overwrite and any(target.glob("*.tar")):
         raise ValueError(f"{str(target)!r} holds shards already; give another folder, or --overwrite")
+    # Find the images, and write them.
     images, notes = images_in(root, target)
     missing = [image for image in images if image.caption is None]
     if missing and not allow_missing_captions:
@@ -105,6 +107,7 @@ def _write(images: Sequence[Image], target: Path, shard_size: int, max_broken_sh
     broken: list[str] = []
     uncaptioned = masks = 0
     try:
+        # Every image that can be decoded goes into a shard.
         for image in images:
             try:
                 data, mask = _checked(image)
@@ -114,6 +117,7 @@ def _write(images: Sequence[Image], target: Path, shard_size: int, max_broken_sh
             writer.add(image, data, mask)
             uncaptioned += image.caption is None
             masks += mask is not None
+        # Too many broken ones: no shard appears.
         if broken and (len(broken) > max_broken_share * len(images) or len(broken) == len(images)):
             raise ValueError(
                 f"{len(broken):,} of {len(images):,} images are broken, more than max_broken_share "

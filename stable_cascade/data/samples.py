@@ -166,7 +166,7 @@ def content_hash(data: bytes) -> int:
 
 
 def content_hash_of_parts(length: int, head: bytes, tail: bytes) -> int:
-    """`content_hash` of a file of which only the first 32 KB and the last 4 KB are at hand."""
+    """`content_hash` of a file of which only the first 32 KB and the last 4 KB were read."""
     digest = hashlib.blake2b(head[:HEAD_BYTES], digest_size=8)
     if length > HEAD_BYTES:
         digest.update(tail)
@@ -275,6 +275,7 @@ def with_regularization(
     Raises:
         ValueError: the share does not lie in (0, 1), the weight is negative, or a set is a stream or joined already.
     """
+    # Both sets must be plain indexes, and the share one that can be exact.
     for part in (index, other):
         if not isinstance(part, SampleIndex):
             raise ValueError("regularization_path needs random access to the images; set streaming: false")
@@ -287,6 +288,7 @@ def with_regularization(
         raise ValueError(f"regularization_share {share} must lie between 0 and 1")
     if not weight >= 0:
         raise ValueError(f"prior_loss_weight {weight} must not be negative")
+    # Join the reports, then the samples: the subject's first.
     main, extra = index.report, other.report
     report = dataclasses.replace(
         main,

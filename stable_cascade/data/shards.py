@@ -89,6 +89,7 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
         ShardFailure: it is truncated or damaged, or a remote one kept failing.
         ValueError: it cannot be opened, is not a tar, or holds no images.
     """
+    # Group the members by key.
     want_json = bool(fields) or captions.member == "json"
     with open_shard(location) as file:
         samples = _samples(file, location, want_json, captions.member)
@@ -99,6 +100,7 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
             f"shard {location!r} holds no images (members: {', '.join(kinds[:8]) or 'none'}); "
             f"images end in .{', .'.join(IMAGE_EXTENSIONS[:4])}, …"
         )
+    # One column per property, for a million samples in little memory.
     spans = [[sample.spans.get(member, (-1, -1)) for member in MEMBERS] for sample in groups.values()]
     return ShardTable(
         keys=StringColumn.of(groups),
@@ -156,6 +158,7 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
     others: list[tuple[str, str]] = []
     hidden: list[str] = []
     for name, span in tar_members(file, location, others):
+        # A key ends at the first dot; what comes behind it is the kind of member.
         key, extension = _split(name)
         if not extension:
             hidden.append(name)
@@ -163,11 +166,13 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
         sample = samples.setdefault(key, _Sample({}))
         rank = _image_rank(extension)
         mask_rank = _mask_rank(extension)
+        # Masks, the best kind where there are several.
         if mask_rank is not None:
             if mask_rank < sample.mask_rank:
                 sample.mask_rank, sample.spans["mask"] = mask_rank, span
                 sample.mask_hash = _header(file, span)[1]
             continue
+        # Images under other names are known by their first bytes; the rest is text or ignored.
         if rank is None and extension not in _TEXTS and looks_like_image(_read(file, (span[0], min(span[1], 32)))):
             rank = _OTHER_NAME
         if rank is None:
@@ -175,6 +180,7 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
             if extension in {caption_member, "json" if want_json else ""}:
                 _read_text(file, span, sample, extension)
             continue
+        # Images, the best kind where there are several.
         if rank == sample.rank:
             raise ValueError(
                 f"shard {location!r}: two images share the sample key {key!r} (a key ends at the first dot of the "
@@ -186,6 +192,7 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
             sample.fault = sample.fault or fault
         if extension not in IMAGE_EXTENSIONS:
             sample.compound.add(extension)
+    # Say which members are of no use.
     for name, kind in others:
         _tell_other(samples, name, kind, caption_member)
     for key, sample in list(samples.items()):
@@ -283,10 +290,12 @@ def _header(file: BinaryIO, span: Span) -> tuple[tuple[int, int], int, str]:
     offset, length = span
     if length > bounds.IMAGE_FILE:
         return (0, 0), 0, f"its image has {length:,} bytes; at most {bounds.IMAGE_FILE:,} are read"
+    # The head for the size, the tail for the hash: enough to know a file by.
     head = _read(file, (offset, min(length, HEAD_BYTES)))
     tail = _read(file, (offset + length - TAIL_BYTES, TAIL_BYTES)) if length > HEAD_BYTES else b""
     hashed = content_hash_of_parts(length, head, tail)
     plain = plain_size(head)
+    # The plain reader first; Pillow where it cannot tell, if need be with the whole file.
     try:
         if plain is not None:
             bounds.check_shape(*plain)

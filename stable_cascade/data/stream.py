@@ -91,6 +91,7 @@ class SampleStream:
         key = f"{self.name}/{number}"
         if self.columns.image not in row:
             raise ValueError(f"image_column {self.columns.image!r} is no column of {self.name!r} ({', '.join(row)})")
+        # Readable, with a caption of a bearable length.
         try:
             data = self.columns.image_file(row)
             size = image_size(data)
@@ -100,6 +101,7 @@ class SampleStream:
             return None
         broken.see(1, [])
         assert size is not None
+        # It passes the filters and has a caption.
         if self.filters and not all(rejections.verdicts(with_size(row, size))):
             return None
         caption = self.columns.text(row)
@@ -134,6 +136,7 @@ class StreamedRows:
         waiting: dict[int, tuple[list[int], list[StreamedRow]]] = {}
         step = 0
         for position, row in enumerate(self.stream.rows()):
+            # The same bucket as in an index.
             nearest = plan.buckets.nearest(np.array([row.width]), np.array([row.height]))
             where = np.array([position])
             bucket = int(
@@ -142,6 +145,7 @@ class StreamedRows:
             positions, rows = waiting.setdefault(bucket, ([], []))
             positions.append(position)
             rows.append(row)
+            # A full bucket is the next batch.
             if len(rows) == plan.batch_size:
                 del waiting[bucket]
                 if step >= self.start_step:

@@ -1,4 +1,4 @@
-"""Noise schedules: log_snr as a function of t in [0, 1] (0 clean, 1 noise), and what the networks are told about it.
+"""Noise schedules: log_snr as a function of t in [0, 1] (0 clean, 1 noise), and the noise condition that networks get.
 
 All functions keep the dtype (float32 or float64) and the shape of their first argument.
 """

@@ -51,7 +51,7 @@ def clipped_snr_weight(log_snr: Tensor, *, gamma: float = 5.0) -> Tensor:
 def min_snr_weight(
     log_snr: Tensor, gamma: float = 5.0, prediction_type: str = "epsilon", *, scaler: str = "vp"
 ) -> Tensor:
-    """Min-SNR weight for the prediction at hand: min(SNR, gamma) on the clean sample's error.
+    """Min-SNR weight for this prediction type: min(SNR, gamma) on the clean sample's error.
 
     epsilon: min(SNR, gamma) / SNR; sample: min(SNR, gamma); v (vp): min(SNR, gamma) / (SNR + 1). The original applies
     min(SNR, gamma) to every prediction, which for epsilon weighs the clean end 1e4 times too much; that one is

@@ -39,6 +39,7 @@ def with_sums(drawing: Drawing, *, skip: Sequence[str] = (), allow_changed: bool
         ValueError: a file is missing, or is not the one that the drawing was made with.
     """
 
+    # Each kind of file is hashed anew and compared with the sum that is noted.
     def image(name: str, file: InputFile | None) -> InputFile | None:
         if file is None or name in skip:
             return file

@@ -69,6 +69,7 @@ def check_task(drawing: Drawing, in_memory: InputImages) -> None:
     Raises:
         ValueError: naming what is missing or in vain.
     """
+    # What the task needs.
     task = drawing.task
     image = drawing.image is not None or in_memory.image is not None
     mask = drawing.mask_image is not None or in_memory.mask_image is not None
@@ -83,6 +84,7 @@ def check_task(drawing: Drawing, in_memory: InputImages) -> None:
         raise ValueError("task variation needs reference images; give images")
     if task == "control" and not drawing.controlnets:
         raise ValueError("task control needs a ControlNet; give controlnets")
+    # What it would ignore.
     in_vain = {
         "image": image and task not in _FROM_IMAGE,
         "mask_image": mask and task != "inpaint",
@@ -95,6 +97,7 @@ def check_task(drawing: Drawing, in_memory: InputImages) -> None:
     for name, given in in_vain.items():
         if given:
             raise ValueError(f"task {task} takes no {name}; leave it away or choose another task")
+    # Lists that go together.
     if drawing.image_weights is not None and len(drawing.image_weights) != references:
         raise ValueError(f"image_weights has {len(drawing.image_weights)} entries for {references} reference images")
     if len(in_memory.control_images) > len(drawing.controlnets):
@@ -109,6 +112,7 @@ def read_inputs(drawing: Drawing, in_memory: InputImages) -> Inputs:
     Raises:
         ValueError: an image is missing, damaged or too large, or does not fit its ControlNet.
     """
+    # Image, mask and references.
     image, mask = _read(drawing.image, in_memory.image), _read(drawing.mask_image, in_memory.mask_image, "L", "black")
     if image is not None and mask is not None and mask.size != image.size:
         raise ValueError(
@@ -116,6 +120,7 @@ def read_inputs(drawing: Drawing, in_memory: InputImages) -> Inputs:
             "make a mask of the image's size"
         )
     images = [in_mode(one) for one in in_memory.images] or [read_image(file.path) for file in drawing.images]
+    # Each ControlNet looks at its own image, or at the drawing's.
     own_controls = (*in_memory.control_images, *[None] * len(drawing.controlnets))
     controls, shown = [], []
     for choice, given in zip(drawing.controlnets, own_controls, strict=False):
@@ -140,6 +145,7 @@ def sized(drawing: Drawing, inputs: Inputs, side: int) -> Drawing:
     Raises:
         ValueError: what is to be outpainted leaves no room for the image.
     """
+    # Without the margins that are added around the image.
     left, top, right, bottom = drawing.outpaint or (0, 0, 0, 0)
     controlled = next((one for one in inputs.control_images if isinstance(one, Image.Image)), None)
     image = inputs.image if inputs.image is not None else controlled
@@ -154,6 +160,7 @@ def sized(drawing: Drawing, inputs: Inputs, side: int) -> Drawing:
             f"outpaint {left},{top},{right},{bottom} leaves nothing of an image of {drawing.width} x "
             f"{drawing.height}; draw a larger one"
         )
+    # A side that is not given follows from the image's shape.
     if image is None:
         height, width = height or side, width or side
     else:
@@ -261,8 +268,9 @@ def check_control(choice: ControlChoice, source: ControlSource, image: Any) -> N
     """Passes when the ControlNet can be shown this image.
 
     Raises:
-        ValueError: nothing says how a control image is made of it, or a control image has other channels.
+        ValueError: nothing says which filter makes its control image, or a control image has other channels.
     """
+    # A photo needs a filter.
     if isinstance(image, Tensor):
         return
     if not choice.filtered:
@@ -272,6 +280,7 @@ def check_control(choice: ControlChoice, source: ControlSource, image: Any) -> N
                 "--filter, or give a control image with --filtered"
             )
         return
+    # A control image needs the channels of the network; grey may be stored as colour.
     found = {"L": 1, "1": 1, "RGB": 3, "RGBA": 4}.get(image.mode, 3)
     wanted = source.channels if source.channels is not None else found
     if wanted not in _MODES:

@@ -20,7 +20,7 @@ from .request import DTYPES, LoraChoice
 
 
 def check_model(model: str, dtype: str = "float32", device: str | None = None) -> None:
-    """Passes when a model may be loaded, as far as that can be told without its weights.
+    """Passes when a model may be loaded, as far as that is known without its weights.
 
     Raises:
         ValueError: no such dtype, device, folder or file.
@@ -68,6 +68,7 @@ def load_pipeline(model: str, dtype: str, *, lite: bool = False, variant: str | 
 
     check_model(model, dtype)
     settings: dict[str, Any] = {"torch_dtype": getattr(torch, dtype)}
+    # From single files, or from a folder or repository.
     files, parts = single_files(model)
     if files:
         if lite or variant:

@@ -83,10 +83,12 @@ def describe(drawing: Drawing, made_with: Mapping[str, Any]) -> dict[str, Any]:
 
 def parameters(drawing: Drawing, made_with: Mapping[str, Any]) -> str:
     """The settings as people and other programs read them: the prompts, then one line of names and values."""
+    # Prompts, without credentials.
     clean = redacted(drawing.to_json())
     lines = [clean["prompt"]]
     if clean["negative_prompt"]:
         lines.append(f"Negative prompt: {clean['negative_prompt']}")
+    # Names as other programs write them.
     values = {
         "Steps": f"{drawing.prior_num_inference_steps}+{drawing.num_inference_steps}",
         "CFG scale": f"{drawing.prior_guidance_scale:g}",

@@ -150,6 +150,7 @@ class Drawing:
             check_number("strength", self.strength, 0, 1)
 
     def _check_inputs(self) -> None:
+        # Files and choices, each LoRA once.
         for name, kind in (("loras", LoraChoice), ("images", InputFile), ("controlnets", ControlChoice)):
             check_items(name, getattr(self, name), kind)
         for name in ("image", "mask_image"):
@@ -158,6 +159,7 @@ class Drawing:
         twice = next((path for path in paths if paths.count(path) > 1), None)
         if twice is not None:
             raise ValueError(f"loras name '{brief(twice)}' twice; name it once, with the sum of the weights")
+        # Weights and margins within their ranges.
         if self.image_weights is not None:
             if not isinstance(self.image_weights, tuple) or len(self.image_weights) > MOST_ITEMS:
                 raise ValueError(f"image_weights {self.image_weights!r} is no tuple of at most {MOST_ITEMS} numbers")

@@ -127,7 +127,7 @@ class Session:
         batch_size: int = 1,
         allow_changed_files: bool = False,
     ) -> None:
-        """Passes when `each` may draw this, as far as that can be told without the model.
+        """Passes when `each` may draw this, as far as that is known without the model.
 
         Raises:
             ValueError: an input is missing, damaged, changed or does not fit; an argument that means nothing.
@@ -155,20 +155,20 @@ class Session:
         Args:
             in_memory: given here, they stand for the files that the drawing names, which then need not exist.
             batch_size: images at a time; above 1 the last bit of an image may depend on it.
-            on_step: told after every step; what it raises stops the drawing.
+            on_step: called after every step; what it raises stops the drawing.
             previews: whether `on_step` gets rough images.
             allow_changed_files: draws from files whose SHA-256 is not the one that the drawing has.
 
         Raises:
-            ValueError: an input is missing, damaged or does not fit, before the model is loaded where that can be
-                told; an argument that means nothing.
+            ValueError: an input is missing, damaged or does not fit, before the model is loaded where that is
+                known; an argument that means nothing.
         """
         _check_count(drawing, count, batch_size)
         drawing, inputs = self._checked(drawing, in_memory or InputImages(), allow_changed_files)
-        told = callbacks(on_step, previews, drawing)
+        watching = callbacks(on_step, previews, drawing)
         seeds = range(drawing.seed, drawing.seed + count)
         groups = [seeds[start : start + batch_size] for start in range(0, count, batch_size)]
-        return (drawn for group in groups for drawn in self._draw(drawing, inputs, group, told))
+        return (drawn for group in groups for drawn in self._draw(drawing, inputs, group, watching))
 
     def control_images(self, drawing: Drawing, in_memory: InputImages | None = None) -> list[Image.Image]:
         """What each ControlNet is shown, as RGB images.
@@ -222,15 +222,17 @@ class Session:
             self._pipeline.to(self.device)
 
     @torch.no_grad()
-    def _draw(self, drawing: Drawing, inputs: Inputs, seeds: Sequence[int], told: dict[str, Any]) -> list[Drawn]:
+    def _draw(self, drawing: Drawing, inputs: Inputs, seeds: Sequence[int], watching: dict[str, Any]) -> list[Drawn]:
         """A batch of images, one per seed."""
         with self._lock:
+            # Put the model into the state that the drawing describes.
             pipeline = self.pipeline
             drawing, inputs = self._fitted(drawing, inputs)
             assert self._loras is not None
             self._loras.use(drawing.loras)
             self._use_controlnets(drawing, inputs)
-            arguments = {**sampling_arguments(drawing), **told, **text_arguments(pipeline, drawing)}
+            # Draw.
+            arguments = {**sampling_arguments(drawing), **watching, **text_arguments(pipeline, drawing)}
             arguments |= image_arguments(drawing, inputs) | self._control_arguments(drawing, inputs)
             arguments["guide_prior"] = self._guide_prior(drawing)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -375,6 +377,7 @@ def callbacks(on_step: OnStep | None, previews: bool, drawing: Drawing) -> dict[
     """The pipeline's two callbacks that tell `on_step`."""
     if on_step is None:
         return {}
+    # How many steps Stage C takes from this strength.
     share = 0.0 if drawing.task == "reconstruct" else 1.0 if drawing.strength is None else drawing.strength
     prior_steps = max(1, round(share * drawing.prior_num_inference_steps))
 

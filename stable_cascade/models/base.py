@@ -87,7 +87,7 @@ class PretrainedMixin:
             ValueError: weights are missing, which would begin at random (unless `output_loading_info` asks for the
                 list of them).
         """
-        told = kwargs.pop("output_loading_info", False)
+        with_info = kwargs.pop("output_loading_info", False)
         load = partial(super().from_pretrained, output_loading_info=True)  # type: ignore[misc]
         place = local_path(pretrained_model_name_or_path)
         name = str(pretrained_model_name_or_path)
@@ -96,7 +96,7 @@ class PretrainedMixin:
             network, info = load(place, **kwargs)
         else:
             network, info = ask(name, partial(load, name), **kwargs)
-        if told:
+        if with_info:
             return network, info
         check_whole(info, cls.__name__, name)
         return network

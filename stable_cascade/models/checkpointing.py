@@ -54,7 +54,7 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
     kept = CheckpointPolicy.MUST_SAVE
     if operation in PRODUCTS:
         return kept
-    # Attention written out: a matrix of scores is large, and its factors are at hand.
+    # Attention written out: a matrix of scores is large, and its factors are kept anyway.
     if operation in BATCHED_PRODUCTS and not _grows(*args[-2:]):
         return kept
     # Dropout in a kernel that is skipped would leave other random numbers to those after it.

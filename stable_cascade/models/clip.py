@@ -174,7 +174,7 @@ Window = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """What the text encoder made of several prompts.
+    """The text encoder's output for several prompts.
 
     Shapes: hidden one (windows * L, D) per prompt; pooled (B, 1, P), of each prompt's first window; empty (L, D), the
     hidden states of the empty prompt, where they were asked for or weights needed them.

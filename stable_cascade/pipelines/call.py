@@ -33,7 +33,7 @@ class Knob:
     flag: str
     help: str
     option: Mapping[str, Any] = field(default_factory=dict)
-    """What `argparse` is told of its values."""
+    """Keywords for `argparse` about its values."""
 
 
 def is_number(value: Any) -> bool:
@@ -293,12 +293,14 @@ def to_pixels(images: Any, name: str = "images") -> Tensor:
     Raises:
         ValueError: something else, no image at all, or images of different sizes.
     """
+    # One image, several, or a batch.
     if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
         images = list(images)
     if not isinstance(images, list | tuple):
         images = [images]
     if not images:
         raise ValueError(f"{name} is empty; give at least one image")
+    # All as float32 in [0, 1], of one size that can be drawn.
     batch = [_pixels(image, name) for image in images]
     sizes = {tuple(pixels.shape[1:]) for pixels in batch}
     for height, width in sizes:

@@ -48,6 +48,7 @@ def read_control(pipeline: Any, images: Any, scale: Any, start: Any, end: Any, *
         ValueError: no ControlNet, one of another prior, images of other channels or another number, a list of another
             length, or start and end that leave no part of the run.
     """
+    # One entry per ControlNet.
     if images is None:
         return []
     controlnet, width = pipeline.controlnet, pipeline.prior.config.block_out_channels[0]
@@ -59,9 +60,11 @@ def read_control(pipeline: Any, images: Any, scale: Any, start: Any, end: Any, *
         given = f"{len(images)} entries" if isinstance(images, list | tuple) else "no list"
         raise ValueError(f"control_image has {given} for {len(nets)} ControlNets; give a list with one entry for each")
     per_net = images if several else [images]
+    # Scale and interval for each.
     scales = _for_each(scale, len(nets), "controlnet_conditioning_scale")
     starts, ends = (_for_each(value, len(nets), f"control_guidance_{name}")
                     for name, value in (("start", start), ("end", end)))  # fmt: skip
+    # Each must fit the prior, and its images the call.
     inputs = []
     for number, net in enumerate(nets):
         name = f"control_image {number}" if several else "control_image"
@@ -147,6 +150,7 @@ def _control_images(images: Any, net: StableCascadeControlNet, name: str) -> Ten
 
 def _control_image(image: Any, channels: int, name: str) -> Tensor:
     """Shapes: -> (c, H, W) float32."""
+    # Files and arrays as tensors; their channels must be those of the ControlNet.
     if isinstance(image, Image.Image):
         if image.mode not in PIL_MODES.get(channels, ()):
             modes = " or ".join(PIL_MODES.get(channels, ("a tensor",)))
@@ -158,6 +162,7 @@ def _control_image(image: Any, channels: int, name: str) -> Tensor:
         image = np.asarray(image.convert("L") if image.mode == "1" else image)
     if isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.dtype.kind in "buf":
         image = from_array(image if image.ndim == 3 else image[..., None])
+    # Tensors with or without a channel axis.
     if not isinstance(image, Tensor) or image.ndim not in (2, 3) or image.is_complex():
         what = f"{type(image).__name__} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
         raise ValueError(f"{name} holds {what}; give PIL images, arrays (H, W, c) or tensors (c, H, W)")

@@ -84,6 +84,7 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         Raises:
             ValueError: an argument that means nothing, in one line.
         """
+        # Read and check the arguments.
         semantic = semantic_batch(image_embeddings)
         multiple = self.config["resolution_multiple"] or 4 * self.config["latent_dim_scale"]
         height = _side(semantic.shape[-2], multiple) if height is None else height
@@ -103,6 +104,7 @@ class StableCascadeDecoderPipeline(  # type: ignore[misc]
         call = begin(self, source, arguments, num_images_per_prompt, generator)
         on_step = step_callback(self, settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
+        # Text, Stage B, Stage A.
         text = embed_text(self, call, settings)
         semantic = semantic.repeat_interleave(num_images_per_prompt, dim=0).to(call.device)
         vq_latents = draw_vq(self, call, text, semantic, settings, latents=latents, on_step=on_step)

@@ -88,6 +88,7 @@ class HabitsMixin:
         Raises:
             ValueError: the other pipeline lacks a component that is needed.
         """
+        # The components of the other pipeline, and those that are given instead.
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         optional = cls._optional_components  # type: ignore[attr-defined]
@@ -96,6 +97,7 @@ class HabitsMixin:
             raise ValueError(f"from_pipe has no argument '{unknown[0]}'; it has {', '.join(sorted(needed))}")
         parts = {name: _part(pipeline, name) for name in needed if name not in kwargs}
         values = {name: pipeline.config[name] for name in settings if name in pipeline.config}
+        # All that this class needs must be among them.
         missing = [name for name, part in parts.items() if part is None and name not in optional]
         if missing:
             raise ValueError(

@@ -78,6 +78,7 @@ class FromFolderMixin:
         Raises:
             ValueError: a component is in no folder, no component has the variant, or an unknown keyword.
         """
+        # Check the keywords.
         needed, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         torch_dtype = kwargs.pop("dtype", torch_dtype)
         device = device_of(kwargs.pop("device_map", None))
@@ -88,6 +89,7 @@ class FromFolderMixin:
         if unknown:
             nearest = difflib.get_close_matches(unknown[0], [*needed, *settings, *HUB_OPTIONS], n=1, cutoff=0)
             raise ValueError(f"from_pretrained has no argument '{unknown[0]}'; nearest: '{nearest[0]}'")
+        # Find the folder of every component that is not given.
         missing = [name for name in needed if name not in kwargs]
         small = small_networks(lite, missing)
         folders = folders_of(
@@ -96,6 +98,7 @@ class FromFolderMixin:
         optional: Sequence[str] = cls._optional_components  # type: ignore[attr-defined]
         places = {name: find(cls.__name__, name, folders, small) for name in missing}
         check_places(cls.__name__, places, optional, folders, variant, small)
+        # Load them, and put the pipeline together.
         parts: dict[str, Any] = dict.fromkeys(places)
         for name, place in places.items():
             if place is not None:
@@ -203,12 +206,14 @@ def pipeline_of_files(
     Raises:
         ValueError: a file holds something else than its name says, or components are missing.
     """
+    # Check the keywords.
     torch_dtype = kwargs.pop("dtype", torch_dtype)
     needed, settings = cls._get_signature_keys(cls)
     unknown = sorted(set(kwargs) - set(needed) - set(settings))
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], [*needed, *settings], n=1, cutoff=0)
         raise ValueError(f"from_single_file has no argument '{unknown[0]}'; nearest: '{nearest[0]}'")
+    # Find out what is in each file, and what is given beside them.
     parts = _Parts()
     for file, expected in [*((one, None) for one in files), (stage_c, "prior"), (stage_b, "decoder")]:
         if file is not None:
@@ -218,11 +223,13 @@ def pipeline_of_files(
     given = {name: kwargs.pop(name) for name in needed if name in kwargs}
     _add_tokenizer(parts, needed, given)
     _check_complete(cls, needed, {*given, *parts.files, *parts.values})
+    # Load the components.
     loaded = {name: _given(name, value, torch_dtype, parts) for name, value in given.items()}
     for name, file in parts.files.items():
         loaded[name] = _of_file(name, file, parts.configs.get(name), dtype_of(torch_dtype, name))
     loaded |= {name: value for name, value in parts.values.items() if name in needed}
     _check_vocabulary(loaded)
+    # Put the pipeline together.
     values = {name: value for name, value in parts.values.items() if name in settings}
     return cls(**(_schedulers(cls, needed) | values | loaded | kwargs))
 
@@ -253,9 +260,11 @@ def _advice(found: Description) -> str:
 
 def _add_config(parts: _Parts, config: str | Path | Mapping[str, Any] | None) -> None:
     """Notes configs of components, from a mapping or a pipeline's folder, and the embedded cascade's own values."""
+    # Configs by component.
     if isinstance(config, Mapping):
         parts.configs |= config
     elif config is not None:
+        # A pipeline's folder, whose weights are not read.
         folder = local_path(config)
         if not (folder / INDEX).is_file():
             raise ValueError(
@@ -269,6 +278,7 @@ def _add_config(parts: _Parts, config: str | Path | Mapping[str, Any] | None) ->
                 "tokenizer", folder / "tokenizer", torch.float32, None, of_prior=False
             )
     elif "embedded" in (parts.sizes.get("prior"), parts.sizes.get("decoder")):
+        # The embedded cascade is known by its shapes.
         index = read_config(embedded_path() / INDEX)
         parts.values |= {key: value for key, value in index.items() if isinstance(value, float)}
 
@@ -345,7 +355,7 @@ def _of_hub(name: str, repository: str, dtype: torch.dtype) -> Any:
             return cls.from_pretrained(repository, **place, **typed)
         except Exception as error:  # the libraries and their HTTP clients each have errors of their own
             problems.append(f"{type(error).__name__}: {brief(error)}")
-    raise ValueError(f"{name}='{repository}' cannot be had from the Hub ({problems[0]}); give a local folder")
+    raise ValueError(f"{name}='{repository}' could not be loaded from the Hub ({problems[0]}); give a local folder")
 
 
 def _check_vocabulary(loaded: Mapping[str, Any]) -> None:

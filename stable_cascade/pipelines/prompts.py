@@ -181,10 +181,12 @@ class EncodePromptMixin:
         Raises:
             ValueError: no text encoder, a prompt that is too long, or a mistake in the weights.
         """
+        # diffusers has two orders of arguments; only one can be recognised.
         if isinstance(device, list) or (isinstance(device, str) and prompt is None and prompt_embeds is None):
             raise ValueError(
                 "encode_prompt begins with device and batch_size, as in diffusers; name the prompt: prompt=…"
             )
+        # Check and encode.
         arguments = PromptArguments(
             prompt, negative_prompt, prompt_embeds, prompt_embeds_pooled, negative_prompt_embeds,
             negative_prompt_embeds_pooled, pooled_only=True,
@@ -214,6 +216,7 @@ def encode(
     Raises:
         ValueError: something has to be encoded and the pipeline has no text encoder; a prompt is too long.
     """
+    # What there is to encode, beside embeddings that are given.
     to_negate = guided and arguments.negative_prompt_embeds_pooled is None
     prompts, negatives = arguments.prompts(), arguments.negatives() if to_negate else []
     if (prompts or negatives) and text_encoder is None:
@@ -222,6 +225,7 @@ def encode(
     negative: tuple[Any, Any] = None, None
     if guided:
         negative = arguments.negative_prompt_embeds, arguments.negative_prompt_embeds_pooled
+    # Encode prompts and negative prompts at once, in as many windows.
     if prompts or negatives:
         hidden = _row(given[0], arguments.count, device)
         windows = None if hidden is None else window_counts(hidden, tokenizer)
@@ -229,6 +233,7 @@ def encode(
             text_encoder, tokenizer, prompts, negatives, device, weighted=weighted, windows=windows
         )
         given, negative = own or given, against or negative
+    # One row per image, all of one length.
     hidden, pooled, negative_hidden, negative_pooled = (
         _row(row, arguments.count, device) for row in (*given, *negative)
     )

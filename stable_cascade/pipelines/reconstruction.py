@@ -109,6 +109,7 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
         Raises:
             ValueError: an argument that means nothing, in one line.
         """
+        # Read and check the arguments.
         if images is None:
             raise ValueError("images is missing; give the images to rebuild")
         source = read_source(images, None, 0.0, height, width, name="images")
@@ -118,6 +119,7 @@ class StableCascadeReconstructionPipeline(HabitsMixin, FromFolderMixin, VAETilin
         arguments = PromptArguments(prompt, negative_prompt)
         call = begin(self, source, arguments, num_images_per_prompt, generator)
 
+        # Semantic latents of the images, and back: Stage B and A, or the previewer.
         text = embed_text(self, call, settings)
         assert call.source.pixels is not None
         semantic = encode_semantic(self.semantic_encoder, call.source.pixels.to(call.device), multiple)

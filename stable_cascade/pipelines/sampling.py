@@ -102,7 +102,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Moment:
-    """A step of a run: its number of `steps`, its time as a number and on the device, and what the network is told."""
+    """A step of a run: its number of `steps`, its time as a number and on the device, and its noise condition."""
 
     number: int
     steps: int
@@ -204,7 +204,7 @@ def with_cache(
 ) -> Denoiser:
     """A denoiser whose network runs whole at every `cache_interval`-th step, and where a ControlNet begins or ends.
 
-    Between them its deeper half is what the last whole step made of it (see `DeepCache`).
+    Between them its deeper half is what the last whole step computed (see `DeepCache`).
     """
     interval = settings.knobs["cache_interval"]
     if interval == 1:

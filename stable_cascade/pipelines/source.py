@@ -96,6 +96,7 @@ def read_source(
     Raises:
         ValueError: no such size, strength or image; mask or strength without an image; a mask of another size.
     """
+    # Without an image only the size counts.
     height, width = whole(height), whole(width)
     if image is None:
         for other, value in (("mask_image", mask_image), ("strength", strength)):
@@ -104,10 +105,12 @@ def read_source(
         height, width = side if height is None else height, side if width is None else width
         check_size(height, width)
         return Source(height, width)
+    # How much of the image stays.
     if strength is None:
         strength = STRENGTH if mask_image is None else 1.0
     if not is_number(strength) or not 0 <= strength <= 1:
         raise ValueError(f"strength {strength} is outside [0, 1]; 0 keeps the image, 1 starts from noise alone")
+    # Image and mask at the size that is drawn.
     pixels = to_pixels(image, name)
     given = (height, width)
     height, width = image_size((pixels.shape[-2], pixels.shape[-1]), height, width, name)

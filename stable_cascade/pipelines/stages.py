@@ -199,6 +199,7 @@ def draw_semantic(
 
     Shapes: -> (count, 16, h, w).
     """
+    # Strength 0 keeps the latents of the image.
     source, multiple = call.source, pipeline.config["resolution_multiple"]
     size = semantic_size(source.height, source.width, multiple)
     clean = None
@@ -206,9 +207,11 @@ def draw_semantic(
         clean = encode_semantic(pipeline.semantic_encoder, source.pixels.to(call.device), multiple)
         if source.strength == 0:
             return clean
+    # Start from noise, or from the image's latents noised as far as the strength says.
     shape = (pipeline.prior.config.in_channels, *size)
     noise = start_noise(shape, call.count, call.generators, call.device, latents)
     start = noise if clean is None or source.strength == 1 else scheduler.add_noise(clean, noise, source.strength)
+    # What the mask keeps, and what ControlNets add.
     seen, stride = control_size(pipeline, source.height, source.width)
     kept = None
     if clean is not None and source.mask is not None:
@@ -330,6 +333,7 @@ def check_references(images: Any, image_embeds: Tensor | None, weights: Sequence
     """Raises ValueError for what `image_conditions` refuses, before anything is embedded."""
     if images is not None and image_embeds is not None:
         raise ValueError("images and image_embeds are both given; give one of them")
+    # How many images there are, given as such or as embeddings.
     references = 0
     if images is not None:
         batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
@@ -342,6 +346,7 @@ def check_references(images: Any, image_embeds: Tensor | None, weights: Sequence
         if image_embeds.ndim == 3 and len(image_embeds) not in (1, count):
             raise ValueError(f"image_embeds has {len(image_embeds)} rows for {count} images; give 1, or one per image")
         references = image_embeds.shape[-2]
+    # One weight for each.
     if weights is None:
         return
     if len(weights) != references:

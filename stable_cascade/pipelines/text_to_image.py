@@ -86,6 +86,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         resolution_multiple: float = 42.67,
     ) -> None:
         super().__init__()
+        # Stage C's parts, Stage B's and A's, and the optional ones.
         self.register_components(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -156,6 +157,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         Raises:
             ValueError: an argument that means nothing, in one line.
         """
+        # Read and check the arguments: nothing is computed before all of them are sound.
         side = default_side(self.config["resolution_multiple"])
         source = read_source(image, mask_image, strength, height, width, side=side)
         check_call(self, source, latents, output_type, preview=preview)
@@ -181,6 +183,7 @@ class StableCascadePipeline(  # type: ignore[misc]
         prior_on_step = step_callback(self, prior_settings, prior_callback_on_step_end, names, "prior_")
         on_step = step_callback(self, settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
+        # Conditions, Stage C, then Stages B and A or the previewer.
         shown = image_conditions(self.image_encoder, images, image_embeds, image_weights, call)
         text = embed_text(self, call, prior_settings, settings)
         semantic = draw_semantic(

@@ -63,7 +63,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         schedule: cosine, tangent, sqrt, linear, rectified_flow, edm or stable_diffusion.
         log_snr_range: lowest and highest log_snr of a tangent, linear or rectified_flow schedule.
         noising: vp (variance preserving) or lerp (straight path).
-        condition: what the network is told: cosine (the original: the unshifted time with this log_snr),
+        condition: the noise condition of the network: cosine (the original: the unshifted time with this log_snr),
             rectified_flow, or timestep (diffusers: t itself).
         last_noise: whether the step to t = 0 adds noise (the original) or not (diffusers); its clean prediction is
             the same.
@@ -151,7 +151,7 @@ class StableCascadeScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return SCHEDULES[config["schedule"]](t, shift=config["shift"], **settings)
 
     def noise_condition(self, t: float | Tensor) -> Tensor:
-        """What the network is told at `t`: 0.9935832 at t = 1 by default.
+        """The noise condition at `t`: 0.9935832 at t = 1 by default.
 
         Shapes: any, in [0, 1] -> the same, float32 (or float64 where `t` is).
         """

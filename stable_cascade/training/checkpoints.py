@@ -128,9 +128,11 @@ def read_checkpoint(
         ValueError: keys that the weights depend on have other values, or the images are others and the config does
             not allow it.
     """
+    # The same settings and data, or a refusal.
     record = _read_record(folder)
     known = config.resume_with_other_data or _refuse_other_data(folder, record.get("data"), data)
     _refuse_other_settings(folder, record["settings"], config, same_data=known)
+    # Every file as it was written; parts are shared out among the processes.
     parts = sorted(name for name in record["files"] if name.startswith(f"{PARTS}/"))
     for name, (size, check) in record["files"].items():
         if name in parts and parts.index(name) % share[1] != share[0]:
@@ -138,6 +140,7 @@ def read_checkpoint(
         path = folder / name
         if not path.is_file() or path.stat().st_size != size or checked(path) != [size, check]:
             raise DamagedError(f"checkpoint file {path} is missing or damaged; {_instead(folder)}")
+    # Read them.
     from safetensors.torch import load_file
 
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -160,14 +163,17 @@ def _write_files(
     import yaml
     from safetensors.torch import save_file
 
+    # Weights and state.
     if contents.weights is not None:
         save_file(_packed(contents.weights), folder / "weights.safetensors")
     if contents.ema is not None:
         save_file(_packed(contents.ema), folder / "ema.safetensors")
     torch.save(contents.optimizer, folder / "optimizer.pt")
     torch.save(contents.stateful, folder / "stateful.pt")
+    # The settings, without credentials.
     settings = redacted(json.loads(json.dumps(asdict(config))))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    # The record with a checksum of every file: a checkpoint without it is not complete.
     record = {
         "format": 1,
         "step": contents.step,
@@ -233,23 +239,25 @@ def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: M
     Raises:
         ValueError: they differ.
     """
+    # Unknown, or the same.
     if not saved or not current:
         return False
     if all(saved[part] == current[part] for part in ("samples", "all")):
         return True
+    # Say what differs, with examples, and how to go on.
     if saved["samples"] != current["samples"]:
-        told = f"{saved['samples']:,} samples then, {current['samples']:,} now"
+        change = f"{saved['samples']:,} samples then, {current['samples']:,} now"
     elif saved["images"] != current["images"]:
-        told = "other images among them"
+        change = "other images among them"
     elif saved["order"] != current["order"]:
-        told = "the same images in another order; name the shards as before"
+        change = "the same images in another order; name the shards as before"
     else:
-        told = "other captions or masks"
+        change = "other captions or masks"
     gone = sorted(set(saved["some"].values()) - set(current["some"].values()))
     named = [key for key, content in saved["some"].items() if content in gone][:3]
-    example = f" (not found again: {', '.join(map(quoted, named))})" if named and "order" not in told else ""
+    example = f" (not found again: {', '.join(map(quoted, named))})" if named and "order" not in change else ""
     raise ValueError(
-        f"resume from {folder}: it was trained on other data: {told}{example}; give the same data, set "
+        f"resume from {folder}: it was trained on other data: {change}{example}; give the same data, set "
         "resume_with_other_data: True to go on with these, or start anew with another experiment_id or resume: never"
     )
 
@@ -269,15 +277,15 @@ def _refuse_other_settings(folder: Path, saved: dict[str, Any], config: Training
     other = sorted(key for key, (before, now) in pairs.items() if before != now and key not in free)
     if not other:
         return
-    told = ", ".join(f"{key} was {pairs[key][0]!r} and is {pairs[key][1]!r}" for key in other)
+    change = ", ".join(f"{key} was {pairs[key][0]!r} and is {pairs[key][1]!r}" for key in other)
     if other == ["updates"]:
         raise ValueError(
-            f"resume from {folder}: {told}, but under lr_scheduler {config.lr_scheduler} the learning rate of every "
+            f"resume from {folder}: {change}, but under lr_scheduler {config.lr_scheduler} the learning rate of every "
             "step depends on it; set it back, or start anew from the trained model in "
             f"{folder / 'export'} with another experiment_id (a run meant to be prolonged: lr_scheduler: constant)"
         )
     raise ValueError(
-        f"resume from {folder}: {told}; set {'them' if len(other) > 1 else 'it'} back, or start anew with another "
+        f"resume from {folder}: {change}; set {'them' if len(other) > 1 else 'it'} back, or start anew with another "
         "experiment_id or resume: never"
     )
 

@@ -75,7 +75,7 @@ def float8_layers(model: nn.Module, smallest: int = SMALLEST) -> list[str]:
 
 
 def convert_to_float8(model: nn.Module, names: list[str], *, emulate: bool = False) -> None:
-    """Replaces these layers by such that compute in float8; parameters and their names stay.
+    """Replaces these layers by float8 layers; parameters and their names stay.
 
     Args:
         emulate: for layers that train, round as float8 does and multiply in full precision, which runs everywhere.

@@ -107,11 +107,13 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         ValueError: another training holds it.
     """
+    # Where files cannot be locked nothing is.
     try:
         import fcntl
     except ImportError:
         yield
         return
+    # Take the lock; whoever has it is named.
     run.mkdir(parents=True, exist_ok=True)
     path = run / LOCK
     with _opened(path) as file:
@@ -127,6 +129,7 @@ def held(run: Path) -> Iterator[None]:
             log.warning("%s is not locked (%s): start no second training on it", run, error.strerror)
             yield
             return
+        # Write down who holds it, for the next one's message.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -70,10 +70,12 @@ def train(
     run = Run(config, accelerator, model, dict(stateful or {}), save_fn, preview_fn, learning_rate, data)
     alone = held(run.folder) if accelerator.is_main_process else contextlib.nullcontext()
     with SharedFailure(accelerator), named_if_full(run.images), alone:
+        # Take up the last checkpoint.
         run.restore()
         if run.step >= config.updates:
             accelerator.print(f"{config.experiment_id}: all {config.updates} steps are done already")
             return run.finish()
+        # Train until the last step or a signal.
         tracking.start_trackers(config, accelerator, run.tracker_run)
         stream = batches(run.step)
         try:
@@ -83,6 +85,7 @@ def train(
             run.progress.close()
             if hasattr(stream, "close"):
                 stream.close()
+        # Save, export, or stop in order.
         result = run.finish() if finished else run.interrupted()
     accelerator.end_training()
     return result

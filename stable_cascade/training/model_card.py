@@ -208,6 +208,7 @@ def read_export(folder: Path) -> Export:
     Raises:
         ValueError: there are none.
     """
+    # A LoRA, learned tokens.
     kinds = ["lora"] if (folder / "pytorch_lora_weights.safetensors").is_file() else []
     tokens: tuple[str, ...] = ()
     learned = folder / "learned_embeds.safetensors"
@@ -217,6 +218,7 @@ def read_export(folder: Path) -> Export:
         with safe_open(learned, framework="pt") as file:
             tokens = tuple(file.keys())
         kinds = kinds or ["tokens"]
+    # Whole networks, by the class in their config.
     classes = {part.cls: kind for kind, part in NETWORKS.items()}
     for description in [folder / "config.json", *sorted(folder.glob("*/config.json"))]:
         if description.is_file():
@@ -323,6 +325,7 @@ def _metadata(export: Export, base: Base, samples: list[tuple[str, str]], repo: 
     """What the hub reads: licence, base, tags, and the images that the page of the model shows."""
     from huggingface_hub import ModelCardData
 
+    # The licence is that of the base.
     adapter = export.kinds[0] in ("lora", "tokens", "controlnet")
     values: dict[str, Any] = {"library_name": "stable-cascade", "pipeline_tag": "text-to-image"}
     if base.released:
@@ -333,6 +336,7 @@ def _metadata(export: Export, base: Base, samples: list[tuple[str, str]], repo: 
         values["license"] = "apache-2.0"
     if base.name and base.cascade:
         values |= {"base_model": base.cascade, "base_model_relation": "adapter" if adapter else "finetune"}
+    # What the Hub shows: tags, trigger words, samples.
     values["tags"] = ["stable-cascade", "text-to-image", *export.kinds]
     if export.tokens:
         values["instance_prompt"] = ", ".join(export.tokens)

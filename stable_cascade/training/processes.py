@@ -169,6 +169,7 @@ def keep_precision(accelerator: Any, model: nn.Module) -> None:
     if plugin is None or plugin.mixed_precision_policy is None:
         return
     form = plugin.mixed_precision_policy.param_dtype
+    # FSDP 1 casts parameters, and gradients are summed in float32.
     if not accelerator.is_fsdp2:
         from torch.distributed.fsdp import MixedPrecision
 
@@ -176,6 +177,7 @@ def keep_precision(accelerator: Any, model: nn.Module) -> None:
             param_dtype=form, reduce_dtype=torch.float32, buffer_dtype=torch.float32, cast_root_forward_inputs=False
         )
         return
+    # FSDP 2 likewise; autocast as without FSDP, and its output in float32.
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -284,17 +286,20 @@ def read_parts(folder: Path, parts: Parts) -> None:
         return {key.partition("/")[2]: value for key, value in values.items()}
 
     with _quiet():
+        # The parts must be those of this model.
         keys = dcp.HuggingFaceStorageReader(path=str(folder)).read_metadata().state_dict_metadata
         there = {key.removeprefix("weights/") for key in keys if key.startswith("weights/")}
         if odd := sorted(there ^ parts.names):
             raise ValueError(
                 f"checkpoint {folder.parent} and the model differ in '{odd[0]}'; resume with the same settings"
             )
+        # The average passes through the model's weights, which are read after it.
         own = _own_weights(parts.model)
         if parts.ema is not None:
             _spread(parts.model, load({f"ema/{name}": copy.deepcopy(own[name].detach()) for name in parts.trained}))
             parts.ema.take(parts.model)
         _spread(parts.model, load({f"weights/{name}": own[name] for name in parts.names}))
+        # The optimizer's state, into tensors of this process's own share.
         state = _optimizer_state(parts)
         tensors = {f"optimizer/{key}": value for key, value in state.items() if torch.is_tensor(value)}
         set_optimizer_state_dict(parts.model, parts.optimizer, state | load(tensors), options=_flat())

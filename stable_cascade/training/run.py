@@ -125,6 +125,7 @@ class Run:
 
     def restore(self) -> None:
         """Take up the checkpoint that the config means, if there is one."""
+        # The main process tidies up and looks for checkpoints; all processes take its list.
         found: list[Path] = []
         if self.accelerator.is_main_process:
             if self.folder.exists():
@@ -133,6 +134,7 @@ class Run:
                 self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
             found = checkpoints.find_checkpoints(self.config)
         found = broadcast(self.accelerator, found)
+        # The newest that is undamaged.
         for folder in found:
             try:
                 self._load(folder)
@@ -147,6 +149,7 @@ class Run:
 
     def _load(self, folder: Path) -> None:
         """Put the contents of a checkpoint in place."""
+        # Weights, optimizer and average: in parts under FSDP, otherwise whole.
         contents = self._read(folder)
         if contents.weights is None:
             processes.read_parts(folder / checkpoints.PARTS, self._parts())
@@ -159,12 +162,14 @@ class Run:
             self.optimizer.load_state_dict(contents.optimizer["optimizer"])
             if self.ema is not None and contents.ema is not None:
                 self.ema.load_state_dict(contents.ema)
+        # What else keeps state.
         if self.accelerator.scaler is not None and contents.optimizer["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(contents.optimizer["scaler"])
         for name, thing in self.stateful.items():
             if name not in contents.stateful:
                 raise ValueError(f"checkpoint {folder} has no state of '{name}'; resume with the same settings")
             thing.load_state_dict(contents.stateful[name])
+        # The counters.
         self.step, self.samples_seen, self.checkpoint = contents.step, contents.samples_seen, folder
         self.tracker_run = contents.tracker_run
         self.accelerator.print(f"{self.config.experiment_id}: resuming after step {self.step} from {folder}")

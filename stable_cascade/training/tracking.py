@@ -93,6 +93,7 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
         ValueError: `use_fsdp` and the accelerate config disagree, the processes do not know of each other or do not
             divide the batch, or `push_to_hub` could not upload anything in the end.
     """
+    # FSDP that was asked for and does not run.
     sharded = is_sharded(accelerator)
     if _asked("ACCELERATE_USE_FSDP") and not sharded:
         if accelerator.device.type == "cpu":
@@ -101,6 +102,7 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
             f"ACCELERATE_USE_FSDP is set, but accelerate runs {accelerator.distributed_type.value}; {LAUNCH_SHARDED}, "
             "or unset it"
         )
+    # Processes that do not know of each other would write the same files.
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and accelerator.num_processes == 1:
         raise ValueError(
@@ -110,6 +112,7 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
         )
     if _asked("ACCELERATE_USE_DEEPSPEED") or getattr(accelerator.distributed_type, "value", "") == "DEEPSPEED":
         raise ValueError(NO_DEEPSPEED)
+    # Config and launch must agree.
     if config.use_fsdp and not sharded:
         raise ValueError(
             f"use_fsdp: True, but accelerate runs {accelerator.distributed_type.value}; {LAUNCH_SHARDED}, or set "
@@ -117,6 +120,7 @@ def check_launch(config: TrainingSettings, accelerator: Any) -> None:
         )
     if sharded and not config.use_fsdp:
         raise ValueError("accelerate runs FSDP, but use_fsdp is False; set use_fsdp: True or launch another config")
+    # The batch must divide; an upload must be possible.
     parts = config.grad_accum_steps * accelerator.num_processes
     if config.batch_size % parts:
         nearest = max(parts, round(config.batch_size / parts) * parts)
@@ -136,6 +140,7 @@ def start_trackers(config: TrainingSettings, accelerator: Any, run: str) -> None
     """
     if not accelerator.log_with:
         return
+    # Weights & Biases goes on with the run of before, offline where nobody is logged in.
     wandb: dict[str, Any] = {
         "name": config.experiment_id,
         "entity": config.wandb_entity,
@@ -148,6 +153,7 @@ def start_trackers(config: TrainingSettings, accelerator: Any, run: str) -> None
             "Weights & Biases: not logged in, so the run is logged offline (`wandb sync` uploads it later)"
         )
         wandb["mode"] = "offline"
+    # What the trackers keep: settings without credentials.
     image_folder(config).mkdir(parents=True, exist_ok=True)
     plain = {
         key: value if isinstance(value, (int, float, bool)) else str(value)
@@ -204,7 +210,7 @@ def _series(path: Path) -> str:
 
 
 def _log_to_tensorboard(tracker: Any, name: str, image: Any, step: int) -> None:
-    """One image; its writer has to be told that the channels come last."""
+    """One image; its writer needs to know that the channels come last."""
     import numpy as np
 
     tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")

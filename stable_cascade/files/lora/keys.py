@@ -255,7 +255,7 @@ def spelled(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def ours(name: str) -> tuple[str, ...]:
-    """Our layer, or our three, behind a name with dots, told by its end alone."""
+    """Our layer, or our three, behind a name with dots, by its end alone."""
     block = re.sub(r"\.attention\.attn\.in_proj(_weight)?$", "", name)
     if block != name:
         return tuple(block + part for part in JOINED_PARTS)

@@ -43,8 +43,8 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> LoraFile:
 
 def _with_config(lora: LoraFile, path: Path) -> LoraFile:
     """The LoRA with the config that PEFT has written beside it; a file that tells its own scale keeps that."""
-    told = lora.metadata or any(lora.alphas.values()) or lora.format != "peft"
-    if told or path.name not in ADAPTER_NAMES or not (path.parent / CONFIG_NAME).is_file():
+    known = lora.metadata or any(lora.alphas.values()) or lora.format != "peft"
+    if known or path.name not in ADAPTER_NAMES or not (path.parent / CONFIG_NAME).is_file():
         return lora
     component, config = read_peft_config(path.parent)
     wrong = next((key for key, value in config.items() if not sound(key, value)), None)
@@ -228,7 +228,7 @@ class LoraFile:
             raise ValueError(f"{quoted(self.name)} {problem}") from None
 
     def own_shapes(self, component: str) -> dict[str, Size]:
-        """Weight shapes of the layers that a file with dotted names updates, under our names, told by its tensors.
+        """Weight shapes of the layers that a file with dotted names updates, under our names, from its tensors.
 
         Raises:
             ValueError: its names are numbered or flattened, so that the network is needed.
@@ -332,7 +332,7 @@ def _shaped(own: Mapping[str, Tensor], shape: Size) -> dict[str, Tensor]:
 
 
 def _magnitude(value: Tensor, shape: Size, by_name: bool) -> dict[str, Tensor]:
-    """A DoRA magnitude: of the outputs (PEFT's) or of the inputs, told by its shape.
+    """A DoRA magnitude: of the outputs (PEFT's) or of the inputs, by its shape.
 
     `dora_scale` is (O, 1, …) or (1, I, …); PEFT's vector is (O,), and (1, O, 1, 1) for a convolution.
     """
