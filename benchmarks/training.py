@@ -21,7 +21,7 @@ from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
 from stable_cascade.files.presets import PRESETS
 from stable_cascade.models.clip import encode_prompts
-from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.objectives.denoising import ConditionedPrior, prior_loss
 
 from .measure import Row, in_turns
 from .proxies import prior_pair, seeded

@@ -64,7 +64,7 @@ def _make_drawing(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 @cache
 def _drawing_text() -> bytes:
-    from stable_cascade.drawing.metadata import describe
+    from stable_cascade.drawing.png import describe
     from stable_cascade.drawing.request import ControlChoice, Drawing, InputFile, LoraChoice
 
     drawing = Drawing(
@@ -79,7 +79,7 @@ def _drawing_text() -> bytes:
 
 def _use_drawing(path: Path) -> None:
     """Reads it; a drawing that is read can be written and read again."""
-    from stable_cascade.drawing.metadata import parameters, read_record
+    from stable_cascade.drawing.png import parameters, read_record
     from stable_cascade.drawing.request import Drawing
 
     record = read_record(path)

@@ -128,7 +128,7 @@ FOREIGN = {"step-00000004-good": "mine", "step-best": "mine", "notes.txt": "mine
 def _sound_run() -> Path:
     """A run folder with two checkpoints, a backup and things of others; deleted when the process ends."""
     from stable_cascade.training import checkpoints
-    from stable_cascade.training.folders import run_folder, step_folder
+    from stable_cascade.training.run_folders import run_folder, step_folder
 
     root = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, root, ignore_errors=True)
@@ -186,12 +186,12 @@ def _make_run(rng: random.Random, folder: Path) -> tuple[str, Path]:
 
 def _use_run(run: Path) -> None:
     """What a resumed training does: clears up, takes the newest whole checkpoint, goes on with the log, rotates."""
-    from stable_cascade.training import checkpoints, folders
+    from stable_cascade.training import checkpoints, run_folders
     from stable_cascade.training.tracking import LogFile
 
     config = _config(run.parents[1])
-    with folders.held(run):
-        folders.sweep(run)
+    with run_folders.held(run):
+        run_folders.sweep(run)
         found = checkpoints.find_checkpoints(config)
         for folder in found:
             try:
@@ -204,7 +204,7 @@ def _use_run(run: Path) -> None:
             assert contents.weights is not None
             assert contents.weights["outer.weight"].eq(contents.step).all(), "weights of another step"
             LogFile(run, contents.step)
-            folders.rotate(run, 1, folder)
+            run_folders.rotate(run, 1, folder)
             assert folder.is_dir()
     assert {name: (run / name).read_text() for name in FOREIGN} == FOREIGN
 

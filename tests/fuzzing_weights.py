@@ -163,7 +163,7 @@ def _use_lora(path: Path) -> None:
 def _updates(prior: Any, path: Path) -> dict[str, torch.Tensor]:
     """What a LoRA adds to each layer's weight; the network is as before afterwards."""
     from stable_cascade.adapters import load_lora, remove_lora
-    from stable_cascade.adapters.layers import tuner_layers
+    from stable_cascade.adapters.injection import tuner_layers
 
     try:
         load_lora(prior, path)

@@ -26,8 +26,8 @@ from stable_cascade.app.form import (
     values_of,
     with_newest,
 )
+from stable_cascade.app.options import PageSettings, is_loopback
 from stable_cascade.app.serving import OPEN_TO_OTHERS, Guard, address, bound
-from stable_cascade.app.settings import PageSettings, is_loopback
 from stable_cascade.app.studio import Run, Step, Stopped, Studio
 from stable_cascade.app.uploads import check_payload, drawn_mask, read_settings, read_upload
 from stable_cascade.cli.main import main

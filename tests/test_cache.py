@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from stable_cascade.cli.main import main
-from stable_cascade.data.cache import StoreWriter, TensorStore, digest
+from stable_cascade.data.store import StoreWriter, TensorStore, digest
 from tests.making_shards import encoded, image, undecodable, write_tar
 from tests.tiny_cascade import WORDS
 from tests.trainer_runs import ROOT, SIZES, settings, tensors, train, write_cascade, write_config, write_images
@@ -132,7 +132,7 @@ def test_abandoned_temporary_files_go_and_young_ones_stay(tmp_path):
 
 def test_a_killed_writer_leaves_whole_shards(tmp_path):
     code = (
-        "import sys, torch; from stable_cascade.data.cache import StoreWriter\n"
+        "import sys, torch; from stable_cascade.data.store import StoreWriter\n"
         "with StoreWriter(sys.argv[1], shard_bytes=400000) as writer:\n"
         "    for number in range(10**6):\n"
         "        writer.add({f'key {number}': torch.full((10000,), float(number))})\n"

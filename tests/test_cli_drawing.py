@@ -299,7 +299,7 @@ def test_output_names_the_image(tmp_path, monkeypatch):
         path.write_text(drawn)
         return path
 
-    monkeypatch.setattr("stable_cascade.drawing.metadata.save_image", save)
+    monkeypatch.setattr("stable_cascade.drawing.png.save_image", save)
     wanted = tmp_path / "deep/apple.png"
     drawing.check_targets({"output": wanted})
     assert drawing.new_path(wanted, "a", None) == wanted

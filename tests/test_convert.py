@@ -19,9 +19,9 @@ from stable_cascade.files.controlnet import read_description, save_controlnet
 from stable_cascade.files.conversion import convert_networks
 from stable_cascade.files.json_files import KEY, write_configs
 from stable_cascade.files.loading import clip_on_meta, on_meta
-from stable_cascade.files.networks import NETWORK, STAGES, to_ours
 from stable_cascade.files.presets import CLIP_CONFIGS
 from stable_cascade.files.tensor_files import whole
+from stable_cascade.files.weight_names import NETWORK, STAGES, to_ours
 from stable_cascade.models import PRESETS
 from stable_cascade.pipelines import StableCascadePipeline
 from tests.tiny_cascade import ENCODER, PRIOR, tiny_parts

@@ -20,7 +20,7 @@ from stable_cascade.drawing import (
     save_image,
 )
 from stable_cascade.drawing.files import decibels
-from stable_cascade.drawing.metadata import describe, parameters, slug
+from stable_cascade.drawing.png import describe, parameters, slug
 from stable_cascade.drawing.request import STRENGTHS
 from tests.drawing_parts import checkered, png_of_size, same, saved
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stable_cascade.diffusion.weighting import AdaptiveLossWeight
-from stable_cascade.training.folders import DiskFullError, out_of_space, write_folder
+from stable_cascade.training.run_folders import DiskFullError, out_of_space, write_folder
 from tests.dying_run import in_child
 from tests.toy_run import saved, toy_arguments, toy_config, toy_loss, toy_train
 from tests.two_processes import ROOT, launch_two

@@ -20,8 +20,8 @@ from stable_cascade import (
 )
 from stable_cascade.embedded import embedded_path
 from stable_cascade.files.clip import to_openclip
-from stable_cascade.files.networks import merge_checkpoint
-from stable_cascade.pipelines.folders import _weights
+from stable_cascade.files.weight_names import merge_checkpoint
+from stable_cascade.pipelines.layout import _weights
 from tests.released_layout import file_bytes, released_folders, without
 from tests.tiny_cascade import DECODER, MULTIPLE, PRIOR, VQGAN
 from tests.tiny_pipelines import quiet

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stable_cascade import StableCascadePipeline
 from stable_cascade.adapters import add_learned_tokens, add_lora, load_lora, lora_state_dict, remove_lora, save_lora
 from stable_cascade.adapters.conversion import convert_lora, preset_layers
-from stable_cascade.adapters.layers import layer_shapes
+from stable_cascade.adapters.injection import layer_shapes
 from stable_cascade.files import lora as files
 from tests.golden import FOLDER, assert_matches
 from tests.lora_files import PRIOR_LAYERS, TEXT_LAYERS, WRITTEN, Update, merged_by_hand, updates_for

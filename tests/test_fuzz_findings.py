@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from stable_cascade import StableCascadeControlNet, StableCascadePipeline, StableCascadePreviewer, StableCascadePrior
 from stable_cascade.adapters import load_lora, read_learned_embeds
-from stable_cascade.adapters.layers import tuner_layers
+from stable_cascade.adapters.injection import tuner_layers
 from stable_cascade.cli.main import main
 from stable_cascade.config import DecoderConfig, load_config
 from stable_cascade.controls import make_filter

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stable_cascade.adapters import add_lora
 from stable_cascade.data import Batch
 from stable_cascade.diffusion.weighting import AdaptiveLossWeight, p2_weight
-from stable_cascade.objectives.decoder import decoder_loss
-from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.objectives.denoising import ConditionedPrior, decoder_loss, prior_loss
 from stable_cascade.training import make_accelerator, train
 from stable_cascade.training.tracking import LossByNoiseLevel
 from stable_cascade.transfer import to_device, to_host

@@ -15,9 +15,9 @@ from stable_cascade.files.clip import to_openclip
 from stable_cascade.files.detection import describe_tensors
 from stable_cascade.files.headers import MAX_HEADER, TensorInfo
 from stable_cascade.files.loading import clip_on_meta, on_meta
-from stable_cascade.files.networks import NETWORK, merge_checkpoint
 from stable_cascade.files.presets import CLIP_CONFIGS
 from stable_cascade.files.signatures import SIZES, component_of, measures, naming_of, size_of
+from stable_cascade.files.weight_names import NETWORK, merge_checkpoint
 from stable_cascade.models import PRESETS
 from tests.released_keys import released_keys
 from tests.tiny_cascade import tiny_parts, tiny_prior

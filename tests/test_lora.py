@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stable_cascade.adapters import add_lora, load_lora, lora_state_dict, remove_lora, save_lora
-from stable_cascade.adapters.layers import layer_shapes
+from stable_cascade.adapters.injection import layer_shapes
 from stable_cascade.files import from_original
 from stable_cascade.files import lora as files
 from stable_cascade.models import StableCascadePrior

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from stable_cascade import StableCascadePriorPipeline, StableCascadeScheduler, factory
 from stable_cascade.adapters import add_lora, load_lora, lora_ranks, save_lora
-from stable_cascade.adapters.layers import lora_scales_of
+from stable_cascade.adapters.injection import lora_scales_of
 from stable_cascade.config import LoraConfig, load_config
 from stable_cascade.data import index_samples
-from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.objectives.denoising import ConditionedPrior, prior_loss
 from tests.making_shards import batches_of, encoded, image, write_tar
 from tests.test_lora import predict, randomise
 from tests.tiny_cascade import MULTIPLE, tiny_prior

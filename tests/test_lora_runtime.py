@@ -13,7 +13,7 @@ from torch import nn
 
 from stable_cascade import StableCascadePipeline, StableCascadePriorPipeline, StableCascadeScheduler
 from stable_cascade.adapters import add_lora, load_lora, lora_ranks, lora_state_dict, read_lora, remove_lora, save_lora
-from stable_cascade.adapters.layers import lora_scales_of, tuner_layers
+from stable_cascade.adapters.injection import lora_scales_of, tuner_layers
 from tests.lora_files import PRIOR_LAYERS, TEXT_LAYERS, WRITTEN, merged_by_hand, updates_for
 from tests.test_formats_lora import FLAT, pair
 from tests.test_lora import randomise

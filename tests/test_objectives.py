@@ -13,9 +13,18 @@ from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
 from stable_cascade.diffusion.weighting import p2_weight
 from stable_cascade.models.clip import TextEmbedder
 from stable_cascade.objectives.contrast import TwoTowers, contrastive_loss
-from stable_cascade.objectives.decoder import decoder_loss, semantic_noise, shrink
-from stable_cascade.objectives.denoising import chosen, denoising_loss, draw_log_snr, draw_noise
-from stable_cascade.objectives.prior import ConditionedPrior, drop_captions, prior_loss
+from stable_cascade.objectives.denoising import (
+    ConditionedPrior,
+    chosen,
+    decoder_loss,
+    denoising_loss,
+    draw_log_snr,
+    draw_noise,
+    drop_captions,
+    prior_loss,
+    semantic_noise,
+    shrink,
+)
 from stable_cascade.objectives.vqgan import (
     EncoderWithPreviewer,
     edge_loss,

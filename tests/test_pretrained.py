@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_cascade import StableCascadePipeline, StableCascadeVQGAN
-from stable_cascade.pipelines.folders import load_folder
+from stable_cascade.pipelines.layout import load_folder
 from tests.tiny_cascade import tiny_parts, tiny_text_encoder
 from tests.tiny_pipelines import cascade
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from stable_cascade.data import index_samples
-from stable_cascade.training.folders import LOCK, check_run_folders, held, rotate, set_aside, sweep
 from stable_cascade.training.processes import StopRequest
+from stable_cascade.training.run_folders import LOCK, check_run_folders, held, rotate, set_aside, sweep
 from stable_cascade.training.tracking import LogFile, check_launch, trackers_of
 from tests.making_shards import image, write_tar
 from tests.toy_run import make_accelerator, saved, toy_config, toy_train

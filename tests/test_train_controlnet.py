@@ -15,7 +15,7 @@ from stable_cascade.config import ControlNetConfig, load_config
 from stable_cascade.diffusion.guidance import guide
 from stable_cascade.files.controlnet import read_description
 from stable_cascade.models.controlnet import RELEASED_BLOCKS
-from stable_cascade.objectives.prior import ConditionedPrior, prior_loss
+from stable_cascade.objectives.denoising import ConditionedPrior, prior_loss
 from stable_cascade.pipelines.sampling import Control, Settings, Text, sample_semantic
 from stable_cascade.schedulers import StableCascadeScheduler
 from stable_cascade.trainers.check import plan_training

@@ -8,7 +8,7 @@ from stable_cascade.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .conversion import convert_lora
-    from .layers import layer_shapes, lora_ranks
+    from .injection import layer_shapes, lora_ranks
     from .load import load_lora, lora_path, read_lora
     from .loaders import StableCascadeLoraLoaderMixin
     from .lora import add_lora, lora_state_dict, remove_lora, save_lora

@@ -17,7 +17,7 @@ from stable_cascade.files.loading import built_on_meta, on_meta
 from stable_cascade.files.presets import PRESETS, clip_preset, preset
 from stable_cascade.wording import brief, quoted
 
-from .layers import component_of, layer_shapes
+from .injection import component_of, layer_shapes
 from .load import read_with_tokens
 from .tokens import original_deltas, restart_rows
 

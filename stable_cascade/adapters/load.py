@@ -21,7 +21,7 @@ from stable_cascade.files.presets import PRESETS, clip_preset
 from stable_cascade.hub import hub_file
 from stable_cascade.wording import brief, quoted
 
-from .layers import component_of, inject, layer_shapes, make_room, take_out, tuner_layers
+from .injection import component_of, inject, layer_shapes, make_room, take_out, tuner_layers
 from .tokens import EMBEDS_NAME, read_learned_embeds, rows_beside
 
 Source = str | os.PathLike | Mapping[str, Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stable_cascade.disk import local_path
 from stable_cascade.files.lora import Part
 
-from .layers import carrying, check_swap, swap, take_out, tuner_layers
+from .injection import carrying, check_swap, swap, take_out, tuner_layers
 from .load import LoraFile, Source, fitting_part, from_hub, load_part, placed, read_with_tokens
 from .lora import remove_lora
 from .peft_layers import check_fusable

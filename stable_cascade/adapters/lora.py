@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stable_cascade.disk import local_path
 from stable_cascade.files import lora as files
 
-from .layers import component_of, inject, layer_shapes
+from .injection import component_of, inject, layer_shapes
 from .load import lora_path as lora_path  # both directions of a file under one name
 from .load import read_lora as read_lora
 from .tokens import LearnedTokens, save_learned_embeds

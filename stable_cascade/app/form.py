@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_cascade.drawing import Drawing, Drawn, save_image
-from stable_cascade.drawing.metadata import slug
+from stable_cascade.drawing.png import slug
 from stable_cascade.drawing.request import STRENGTHS, ControlChoice, LoraChoice
 from stable_cascade.wording import quoted
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from stable_cascade import bounds
 from stable_cascade.wording import brief
 
-from .settings import PageSettings, is_loopback
+from .options import PageSettings, is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from stable_cascade.drawing.files import decibels
 
 from .actions import Known, Wish, described, filter_name, random_seed, settings_of, upload, wish
 from .form import NONE, Form, History, controlnet_paths, lora_files, values_of
-from .settings import PageSettings
+from .options import PageSettings
 from .uploads import read_settings, read_upload
 
 if TYPE_CHECKING:

@@ -184,7 +184,7 @@ def _base(given: dict[str, Any]) -> Drawing:
     """The drawing that the options change: a new one, or that of `--from-image`."""
     if given["from_image"] is None:
         return Drawing(task=given["command"])
-    from stable_cascade.drawing.metadata import read_record
+    from stable_cascade.drawing.png import read_record
 
     from .drawing_options import SIMPLE
 
@@ -226,7 +226,7 @@ def _line(session: Session, drawn: Drawn, path: Path) -> str:
 
 def _entry(session: Session, drawn: Drawn, path: Path) -> dict[str, Any]:
     """What `--json` says about an image."""
-    from stable_cascade.drawing.metadata import describe
+    from stable_cascade.drawing.png import describe
 
     settings = describe(drawn.drawing, {})["drawing"]
     entry = {"path": str(path), "seed": drawn.drawing.seed, "seconds": round(drawn.seconds, 3), "settings": settings}
@@ -328,7 +328,7 @@ def new_path(output: Path, drawn: Drawn, number: int | None) -> Path:
             image's own file.
         number: which of several images it is, None for the only one; part of the name where `output` is a file.
     """
-    from stable_cascade.drawing.metadata import save_image, slug
+    from stable_cascade.drawing.png import save_image, slug
 
     if _is_image(output):
         wanted = output if number is None else output.with_stem(f"{output.stem}-{number}")

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import stable_cascade
-from stable_cascade.cli.app import add_app
-from stable_cascade.cli.drawing import DRAWING_COMMANDS
-from stable_cascade.cli.files import add_convert, add_inspect, add_publish
-from stable_cascade.cli.train import add_cache, add_estimate, add_train
+from stable_cascade.disk import local_path
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief
+
+from .drawing import DRAWING_COMMANDS
+from .train import add_cache, add_estimate, add_train
+from .weights import add_convert, add_inspect, add_publish
 
 LONGEST_ERROR = 460
 """Characters of an error's one line; what callers pass may be longer."""
@@ -60,6 +61,63 @@ def _prepare(arguments: argparse.Namespace) -> None:
     )
     print(report)
     print(f"train with webdataset_path: {arguments.out}")
+
+
+def add_app(commands: Any) -> None:
+    """Adds `app`."""
+    from stable_cascade.app.options import DEFAULT_PORT, LARGEST_UPLOAD
+
+    parser = commands.add_parser(
+        "app",
+        help="draw on a page in the browser",
+        description="Serves a page with every way of drawing, on this machine and without a network.",
+    )
+    # What is served, and where.
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hub name (default %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s, this machine)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 is any free one (default %(default)s)")
+    # LoRAs, ControlNets and how the model runs.
+    parser.add_argument(
+        "--lora-dir", type=local_path, metavar="FOLDER", help="LoRAs to choose from: its .safetensors files"
+    )
+    parser.add_argument(
+        "--controlnet",
+        type=local_path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a ControlNet; may be repeated",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA where there is one)")
+    parser.add_argument("--offload", action="store_true", help="keep only the network at work on the device")
+    parser.add_argument(
+        "--max-upload-megapixels", type=float, default=LARGEST_UPLOAD, metavar="N",
+        help="largest image that is taken (default %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=_app)
+
+
+def _app(arguments: argparse.Namespace) -> None:
+    import signal
+    import sys
+
+    from stable_cascade.app.options import PageSettings
+    from stable_cascade.app.serving import serve
+
+    settings = PageSettings(
+        model=arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        lora_dir=arguments.lora_dir,
+        controlnets=tuple(arguments.controlnet),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        offload=arguments.offload,
+        max_upload_megapixels=arguments.max_upload_megapixels,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the way out that removes the images' folder
+    serve(settings, announce=lambda line: print(line, flush=True))
 
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (

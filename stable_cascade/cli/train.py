@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from stable_cascade.config.loading import ConfigError, load_config
+from stable_cascade.config.sources import ConfigError, load_config
 from stable_cascade.trainers import CONFIGS, trainer_of
 
 ESTIMATED = ("lora", "text_to_image", "controlnet", "decoder")

@@ -1,7 +1,6 @@
 """Every setting of every trainer: flat keys as the training guide writes them, checked before any weight is read."""
 
 from stable_cascade.config.fields import documentation, help_text, keys_where, reference
-from stable_cascade.config.loading import ConfigError, load_config, make_config, run_main
 from stable_cascade.config.settings import (
     TRAINERS,
     CLIPConfig,
@@ -15,6 +14,7 @@ from stable_cascade.config.settings import (
     TrainingSettings,
     VQGANConfig,
 )
+from stable_cascade.config.sources import ConfigError, load_config, make_config, run_main
 
 __all__ = [
     "TRAINERS",

@@ -20,7 +20,7 @@ from stable_cascade.wording import printable
 
 from .captions import CaptionSource, caption_source
 from .filters import Filter, apply_filters, parse_filters
-from .hub import index_dataset, stream_dataset
+from .hf_datasets import index_dataset, stream_dataset
 from .locations import ByteReader, ShardFailure, shard_locations, shard_stamp
 from .samples import IndexReport, SampleIndex, check_kept, check_masks, check_unreadable, missing_captions, with_masks
 from .shards import MEMBERS, ShardTable, StringColumn, scan_shard

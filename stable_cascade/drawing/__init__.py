@@ -9,7 +9,7 @@ from stable_cascade.lazy import lazy_exports
 if TYPE_CHECKING:
     from .files import read_image
     from .inputs import InputImages
-    from .metadata import read_drawing, read_record, save_image
+    from .png import read_drawing, read_record, save_image
     from .request import ControlChoice, Drawing, InputFile, LoraChoice
     from .session import Drawn, Session
 

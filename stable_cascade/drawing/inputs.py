@@ -352,7 +352,7 @@ def load_controlnet(choice: ControlChoice, source: ControlSource, dtype: torch.d
 def _local(path: str) -> Path:
     if not is_hub_name(path):
         return local_path(path)
-    from stable_cascade.pipelines.folders import hub_folder
+    from stable_cascade.pipelines.layout import hub_folder
 
     return hub_folder(path, (), None, {}, ("*.json", "*.safetensors"))
 

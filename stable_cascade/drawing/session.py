@@ -28,7 +28,7 @@ from .inputs import (
     read_inputs,
     sized,
 )
-from .loading import (
+from .model import (
     LoraShelf,
     check_guide_prior,
     check_lora,

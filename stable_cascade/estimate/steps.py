@@ -14,7 +14,7 @@ from stable_cascade.estimate.memory import checkpointing
 from stable_cascade.factory.networks import CLIP_IMAGE, CLIP_TEXT, from_source, network_class, preset, quantizes
 from stable_cascade.files.presets import clip_preset
 from stable_cascade.models.checkpointing import chosen_contexts
-from stable_cascade.objectives.prior import ConditionedPrior
+from stable_cascade.objectives.denoising import ConditionedPrior
 
 TEXT_TOKENS = 77
 

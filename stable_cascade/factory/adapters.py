@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stable_cascade.adapters import LearnedTokens, add_learned_tokens, add_lora, add_token_rows, read_learned_embeds
-from stable_cascade.adapters.layers import lora_scales_of
+from stable_cascade.adapters.injection import lora_scales_of
 from stable_cascade.adapters.load import LoraFile
 from stable_cascade.adapters.lora import layer_shapes, lora_path, read_lora
 from stable_cascade.adapters.tokens import EMBEDS_NAME

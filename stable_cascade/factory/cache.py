@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stable_cascade.data import Batch, Plan, PlannedCrop, SampleIndex, SampleStream, crop_batches, planned_crops
-from stable_cascade.data.cache import StoreWriter, TensorStore, digest
+from stable_cascade.data.store import StoreWriter, TensorStore, digest
 from stable_cascade.files.json_files import read_json
 from stable_cascade.hub import hub_file
 from stable_cascade.training.processes import gathered

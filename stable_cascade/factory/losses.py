@@ -14,8 +14,7 @@ from torch import Tensor
 from stable_cascade.data import Batch, SampleIndex, SampleStream
 from stable_cascade.diffusion import weighting
 from stable_cascade.models.clip import TextEmbedder
-from stable_cascade.objectives.denoising import chosen
-from stable_cascade.objectives.prior import EmbedText, prior_loss
+from stable_cascade.objectives.denoising import EmbedText, chosen, prior_loss
 from stable_cascade.transfer import to_device
 
 from .cache import Cache, fill_cache

@@ -19,8 +19,7 @@ from stable_cascade.hub import HubError, NotAskedError, ask
 from stable_cascade.models.base import check_whole
 from stable_cascade.models.checkpointing import chosen_checkpoint
 from stable_cascade.models.clip import TextEmbedder, clip_pixels
-from stable_cascade.objectives.denoising import chosen
-from stable_cascade.objectives.prior import EmbedText
+from stable_cascade.objectives.denoising import EmbedText, chosen
 from stable_cascade.transfer import to_device
 
 SCRATCH = "scratch"

@@ -9,8 +9,8 @@ from stable_cascade.lazy import lazy_exports
 if TYPE_CHECKING:
     from .detection import Description, LoraFacts
     from .headers import read_header
-    from .networks import KEY_MAPS, from_original, merge_checkpoint, split_checkpoint, to_original
     from .places import describe
+    from .weight_names import KEY_MAPS, from_original, merge_checkpoint, split_checkpoint, to_original
 
 __all__ = [
     "KEY_MAPS",

@@ -17,10 +17,10 @@ from stable_cascade.wording import brief, quoted
 from . import controlnet
 from .json_files import KEY, read_config, read_configs
 from .loading import read_file
-from .networks import split_checkpoint, to_ours
 from .places import INDEX, weight_files
 from .signatures import what_else
 from .tensor_files import read_tensors
+from .weight_names import split_checkpoint, to_ours
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from . import clip, controlnet
 from .contents import Contents, Network, component_name, read_networks, same_values
 from .json_files import write_configs
 from .loading import check_fit, clip_config, clip_on_meta, on_meta, resolve_config
-from .networks import KEY_MAPS, NETWORK, STAGES, merge_checkpoint, to_bare
 from .places import INDEX
 from .presets import CLIP_CONFIGS, PRESETS
 from .signatures import size_of
 from .tensor_files import check_target, whole, write_tensors
+from .weight_names import KEY_MAPS, NETWORK, STAGES, merge_checkpoint, to_bare
 
 FORMATS = ("original", "diffusers", "comfyui", "openclip")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

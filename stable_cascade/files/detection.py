@@ -16,8 +16,8 @@ from stable_cascade.components import COMPONENTS
 from stable_cascade.wording import brief, quoted
 
 from .headers import TensorInfo
-from .networks import NETWORK, is_checkpoint, split_checkpoint
 from .signatures import naming_of, prior_of_width, size_of, what_else
+from .weight_names import NETWORK, is_checkpoint, split_checkpoint
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LISTED = 12

@@ -21,10 +21,10 @@ from stable_cascade.wording import brief, quoted
 from . import tensor_files
 from .detection import describe_tensors, infos_of, is_lora
 from .json_files import read_config, read_configs, read_json
-from .networks import from_original, split_checkpoint, to_ours
 from .presets import CLIP_CONFIGS, PRESETS, clip_preset, preset
 from .signatures import component_of, size_of, what_else
 from .tensor_files import check_kinds, check_names, checked_header
+from .weight_names import from_original, split_checkpoint, to_ours
 
 Source = str | PathLike[str] | Mapping[str, Tensor]
 

@@ -14,7 +14,7 @@ from stable_cascade.wording import brief, quoted
 from .detection import KNOWN, Description, describe_tensors
 from .headers import TensorInfo, file_type, read_header, read_pickled
 from .json_files import read_json
-from .networks import KEY_MAPS
+from .weight_names import KEY_MAPS
 
 INDEX = "model_index.json"
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "learned_embeds")

@@ -14,7 +14,7 @@ from torch import Tensor
 from stable_cascade.compilation import expect_many_sizes
 from stable_cascade.disk import local_path
 from stable_cascade.files.loading import load_single_file
-from stable_cascade.files.networks import to_original
+from stable_cascade.files.weight_names import to_original
 from stable_cascade.hub import ask
 from stable_cascade.wording import quoted
 

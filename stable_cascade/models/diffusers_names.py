@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_cascade.files.networks import split_checkpoint
 from stable_cascade.files.places import describe
+from stable_cascade.files.weight_names import split_checkpoint
 
 from .decoder import StableCascadeDecoder
 from .prior import StableCascadePrior

@@ -21,7 +21,8 @@ from stable_cascade.files.places import describe
 from stable_cascade.models.base import check_no_adapter
 from stable_cascade.wording import brief, quoted
 
-from .folders import (
+from .habits import under_our_names, without_foreign
+from .layout import (
     HUB_OPTIONS,
     INDEX,
     PRIOR_SHIFT,
@@ -35,7 +36,6 @@ from .folders import (
     own_scheduler,
     small_networks,
 )
-from .habits import under_our_names, without_foreign
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from stable_cascade.config import ControlNetConfig, DecoderConfig, LoraConfig, TextToImageConfig, VQGANConfig
-from stable_cascade.config.loading import ConfigError, read_yaml, split_arguments
 from stable_cascade.config.settings import ControlNetSettings, DecoderObjectiveSettings, LoraSettings
+from stable_cascade.config.sources import ConfigError, read_yaml, split_arguments
 
 CONFIGS: dict[str, type] = {
     "lora": LoraConfig,

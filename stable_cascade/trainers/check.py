@@ -22,8 +22,8 @@ from stable_cascade.hub import NotAskedError, cache_only
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.trainers.start import data_entry
 from stable_cascade.training.float8 import SMALLEST, check_float8
-from stable_cascade.training.folders import check_run_folders, run_folder
 from stable_cascade.training.optimizers import check_optimizer
+from stable_cascade.training.run_folders import check_run_folders, run_folder
 from stable_cascade.training.tracking import LAUNCH_SHARDED, trackers_of
 from stable_cascade.wording import quoted
 

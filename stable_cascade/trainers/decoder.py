@@ -8,7 +8,7 @@ from typing import Any
 from stable_cascade import factory
 from stable_cascade.config import DecoderConfig, load_config, run_main
 from stable_cascade.data import Batch
-from stable_cascade.objectives.decoder import decoder_loss
+from stable_cascade.objectives.denoising import decoder_loss
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import decoder_previews
 from stable_cascade.trainers.start import start

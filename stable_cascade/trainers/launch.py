@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_cascade.config.loading import read_yaml
+from stable_cascade.config.sources import read_yaml
 from stable_cascade.disk import local_path
 from stable_cascade.training.tracking import NO_DEEPSPEED
 

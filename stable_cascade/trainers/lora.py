@@ -8,7 +8,7 @@ from typing import Any
 from stable_cascade import factory
 from stable_cascade.adapters import save_lora
 from stable_cascade.config import LoraConfig, load_config, run_main
-from stable_cascade.objectives.prior import ConditionedPrior
+from stable_cascade.objectives.denoising import ConditionedPrior
 from stable_cascade.trainers.check import plan_training
 from stable_cascade.trainers.previews import prior_previews
 from stable_cascade.trainers.start import start

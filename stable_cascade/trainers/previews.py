@@ -21,7 +21,7 @@ from stable_cascade.data import Batch
 from stable_cascade.diffusion.noise import gaussian_noise, sample_generators
 from stable_cascade.diffusion.process import add_noise, to_clean
 from stable_cascade.diffusion.schedule import cosine_log_snr, cosine_t
-from stable_cascade.objectives.prior import EmbedText
+from stable_cascade.objectives.denoising import EmbedText
 from stable_cascade.objectives.vqgan import perplexity, psnr
 from stable_cascade.pipelines.sampling import (
     Control,

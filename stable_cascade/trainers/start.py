@@ -9,8 +9,8 @@ import numpy as np
 from stable_cascade import factory
 from stable_cascade.adapters import tokens_of
 from stable_cascade.data import SampleIndex, SampleStream
-from stable_cascade.training.folders import check_run_folders
 from stable_cascade.training.processes import broadcast
+from stable_cascade.training.run_folders import check_run_folders
 from stable_cascade.training.tracking import check_launch, make_accelerator
 from stable_cascade.wording import quoted
 

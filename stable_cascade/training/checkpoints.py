@@ -25,7 +25,7 @@ from stable_cascade import bounds
 from stable_cascade.config import TrainingSettings, keys_where
 from stable_cascade.disk import local_path, read_file
 from stable_cascade.redaction import redacted
-from stable_cascade.training.folders import RECORD, checked, resumable, run_folder, step_of, write_folder
+from stable_cascade.training.run_folders import RECORD, checked, resumable, run_folder, step_of, write_folder
 from stable_cascade.wording import brief, quoted
 
 PARTS = "parts"

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from stable_cascade.config import TrainingSettings
 from stable_cascade.training import tracking
-from stable_cascade.training.folders import held, named_if_full
 from stable_cascade.training.optimizers import set_learning_rate
 from stable_cascade.training.processes import SharedFailure, StopRequest, gathered
 from stable_cascade.training.run import Figures, PreviewFunction, Run, SaveFunction, TrainResult
+from stable_cascade.training.run_folders import held, named_if_full
 from stable_cascade.transfer import to_host
 
 LossFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .folders import checked
 from .optimizers import MovingAverage, averaged
+from .run_folders import checked
 
 
 def gathered(accelerator: Any, own: Any) -> list[Any]:

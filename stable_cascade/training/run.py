@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from stable_cascade.compilation import as_written, compile_blocks
 from stable_cascade.config import TrainingSettings
-from stable_cascade.training import checkpoints, folders, processes, tracking
+from stable_cascade.training import checkpoints, processes, run_folders, tracking
 from stable_cascade.training.float8 import prepare_float8
-from stable_cascade.training.folders import begin_folder, cleared_if_full, write_folder
 from stable_cascade.training.optimizers import MovingAverage, averaged, build_optimizer, parameter_groups, trainable
 from stable_cascade.training.processes import broadcast, gathered
 from stable_cascade.training.publishing import publish_run
+from stable_cascade.training.run_folders import begin_folder, cleared_if_full, write_folder
 from stable_cascade.training.tracking import LossByNoiseLevel
 
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
@@ -121,7 +121,7 @@ class Run:
         self.window: list[Tensor] = []
         self.noise_levels = LossByNoiseLevel()
         self.images = tracking.image_folder(config)
-        self.folder = folders.run_folder(config)
+        self.folder = run_folders.run_folder(config)
 
     def restore(self) -> None:
         """Take up the checkpoint that the config means, if there is one."""
@@ -129,8 +129,8 @@ class Run:
         found: list[Path] = []
         if self.accelerator.is_main_process:
             if self.folder.exists():
-                folders.sweep(self.folder)
-            if self.config.resume == "never" and (aside := folders.set_aside(self.folder)):
+                run_folders.sweep(self.folder)
+            if self.config.resume == "never" and (aside := run_folders.set_aside(self.folder)):
                 self.accelerator.print(f"resume: never: the checkpoints of an earlier run are now in {aside}")
             found = checkpoints.find_checkpoints(self.config)
         found = broadcast(self.accelerator, found)
@@ -248,14 +248,14 @@ class Run:
 
     def save(self, whole: Whole) -> None:
         """Write the checkpoint of this step, back it up when due, delete the oldest."""
-        target = folders.step_folder(self.folder, self.step)
+        target = run_folders.step_folder(self.folder, self.step)
         begun, checksums = self._write_parts(target) if self.sharded else (None, None)
         if self.accelerator.is_main_process:
             contents, export = self._contents(), functools.partial(self._export, whole)
             checkpoints.write_checkpoint(target, contents, self.config, export, begun=begun, checksums=checksums)
             if self.backup_due:
                 checkpoints.keep_backup(target)
-            folders.rotate(self.folder, self.config.checkpoints_total_limit, target)
+            run_folders.rotate(self.folder, self.config.checkpoints_total_limit, target)
         self.checkpoint = target
         self.accelerator.wait_for_everyone()
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from stable_cascade.config.fields import documentation, help_text, keys_where, kind_text, kinds, settings_of
-from stable_cascade.config.rules import problems, resolve
-from stable_cascade.config.settings import TRAINERS
 from stable_cascade.disk import path_text, read_text
 from stable_cascade.redaction import redacted
 from stable_cascade.wording import brief, printable
+
+from .fields import documentation, help_text, keys_where, kind_text, kinds, settings_of
+from .rules import problems, resolve
+from .settings import TRAINERS
 
 Config = TypeVar("Config")
 

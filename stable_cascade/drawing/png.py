@@ -23,6 +23,7 @@ from .request import Drawing, field_names
 if TYPE_CHECKING:
     from .session import Drawn
 
+
 KEY = "stable_cascade"
 FORMAT = 1
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
