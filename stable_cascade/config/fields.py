@@ -146,7 +146,8 @@ def reference(classes: Sequence[type]) -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `stable_cascade/config/settings.py`; a test keeps both equal. The last column says whether a",
+        "Every key of every training, with its values, its default and its meaning; `stable-cascade train lora --help` prints",
+        "those of one training. Generated from `stable_cascade/config/settings.py`. The last column says whether a",
         "run that is resumed may have another value than before; where it is empty, the resumption is refused.",
         "",
     ]
