@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 from stable_cascade.compilation import expect_many_sizes
 from stable_cascade.files.presets import PRESETS
@@ -47,7 +48,11 @@ def compiled_row(scale: Scale, ours: Any, peer: Any) -> Row:
     start_compiler(scale)
     for network in (ours, peer):
         compile_repeated(network)
-    own, theirs = (seconds(partial(gradients, network, inputs)) for network in (ours, peer))
+    times = []
+    for network in (ours, peer):
+        with fresh_cache():  # otherwise the second one finds what both have in common compiled
+            times.append(seconds(partial(gradients, network, inputs)))
+    own, theirs = times
     return in_turns(
         "prior forward + backward, compiled", partial(gradients, ours, inputs), partial(gradients, peer, inputs),
         peer_name="diffusers UNet, compiled by block", rounds=max(1, scale.rounds // 2),

@@ -60,8 +60,8 @@ class Plan:
             raise ValueError(f"process_index {self.process_index} must lie in 0..{self.num_processes - 1}")
         if not 0 <= self.random_bucket_share <= 1:
             raise ValueError(f"random_bucket_share {self.random_bucket_share} must lie in [0, 1]")
-        assert self.crops is not None
-        assert self.buckets is not None
+        for part in ("crops", "buckets"):  # made now, so that a setting that is impossible is refused here
+            getattr(self, part)
 
     @cached_property
     def buckets(self) -> Buckets:
