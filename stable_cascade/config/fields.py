@@ -146,9 +146,10 @@ def reference(classes: Sequence[type]) -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key of every training, with its values, its default and its meaning; `stable-cascade train lora --help` prints",
-        "those of one training. Generated from `stable_cascade/config/settings.py`. The last column says whether a",
-        "run that is resumed may have another value than before; where it is empty, the resumption is refused.",
+        "You can look up every key of every training here: its values, its default, its meaning. `stable-cascade train",
+        "lora --help` prints those of one training. The last column says whether a run that is resumed may have another",
+        "value than before; where it is empty, the resumption is refused. Generated from",
+        "`stable_cascade/config/settings.py`.",
         "",
     ]
     # One table per section, one row per key.
