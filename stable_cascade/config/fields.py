@@ -146,9 +146,9 @@ def reference(classes: Sequence[type]) -> str:
     lines = [
         "# Configuration",
         "",
-        "You can look up every key of every training here: its values, its default, its meaning. `stable-cascade train",
-        "lora --help` prints those of one training. The last column says whether a run that is resumed may have another",
-        "value than before; where it is empty, the resumption is refused. Generated from",
+        "You can look up every key of every training here: its values, its default, its meaning. For one training,",
+        "`stable-cascade train lora --help` prints them. The last column says whether a run that is resumed may have",
+        "another value than before; where it is empty, the resumption is refused. Generated from",
         "`stable_cascade/config/settings.py`.",
         "",
     ]
