@@ -93,7 +93,7 @@ def decoder_step():
     return step
 
 
-JUSTIFIED = {"noise.py", "prior.py: dropped = chosen", "decoder.py: draw = torch.rand"}
+JUSTIFIED = {"noise.py", "denoising.py: dropped = chosen", "denoising.py: draw = torch.rand"}
 """The samples' seeds, which captions are dropped, the shrunk image's size: drawn on the CPU and never elsewhere."""
 
 

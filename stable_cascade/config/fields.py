@@ -34,6 +34,7 @@ class Setting:
             depends on it, or while the images stay the same (`same data`).
         card: whether a model card shows the value.
         elsewhere: another trainer's word for it, for the message about an unknown key.
+        values: what it may be, in words, where the type does not say.
     """
 
     at_least: float | None = None
@@ -45,6 +46,7 @@ class Setting:
     resume: Literal["fixed", "free", "same data"] = "fixed"
     card: bool = True
     elsewhere: str = ""
+    values: str = ""
 
     LARGEST = 1e9
     """What a number without an upper bound may be at most."""
@@ -173,6 +175,8 @@ def reference(classes: Sequence[type]) -> str:
 
 def kind_text(cls: type, key: str) -> str:
     """The values a key takes, in words: `number from 0`, `list of text`, or its choices."""
+    if settings_of(cls)[key].values:
+        return settings_of(cls)[key].values
     kind = kinds(cls)[key]
     alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     text = " | ".join(_one_kind_text(one) for one in alternatives if one is not type(None))

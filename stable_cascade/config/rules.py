@@ -20,6 +20,50 @@ def folder_name(name: str) -> str | None:
     return None
 
 
+SET_KEYS = ("path", "weight", "repeats", "caption_prefix", "regularization")
+"""Keys of an entry of `webdataset_path` or `dataset_name` that is a set with settings of its own."""
+
+
+def image_sets(value: Any) -> str | None:
+    """Names of places, or sets with settings of their own."""
+    if not isinstance(value, (str, list)) or not value:
+        return "must be a place, or a list of places and sets"
+    for entry in value if isinstance(value, list) else []:
+        clause = None if isinstance(entry, str) else _set_problem(entry)
+        if clause:
+            return clause
+    return None
+
+
+def _set_problem(entry: Any) -> str | None:
+    """What is wrong with an entry that is a set."""
+    if not isinstance(entry, Mapping) or not entry.get("path"):
+        return f"entry {entry!r} must be a place, or a set as {{path: shards, repeats: 2}}"
+    odd = next((key for key in entry if key not in SET_KEYS), None)
+    if odd is not None:
+        return f"entry {entry['path']!r} has the key {odd!r}; a set has {', '.join(SET_KEYS)}"
+    for key in ("weight", "repeats"):
+        number = entry.get(key, 1)
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1e6:
+            return f"entry {entry['path']!r}: {key} {number!r} must be a number above 0, at most 1,000,000"
+    if "weight" in entry and "repeats" in entry:
+        return f"entry {entry['path']!r} has weight and repeats; give one of them"
+    if not isinstance(entry.get("caption_prefix", ""), str):
+        return f"entry {entry['path']!r}: caption_prefix must be a text"
+    if not isinstance(entry.get("regularization", False), bool):
+        return f"entry {entry['path']!r}: regularization must be true or false"
+    return None
+
+
+def places_of(value: Any) -> list[str]:
+    """The places that `webdataset_path`, `dataset_name` or `regularization_path` names."""
+    if not value:
+        return []
+    if isinstance(value, Mapping):
+        return places_of(value["path"])
+    return [place for one in value for place in places_of(one)] if isinstance(value, list) else [str(value)]
+
+
 def averaging_factors(betas: Sequence[float]) -> str | None:
     """Factors of AdamW's averages."""
     return None if all(0 <= beta < 1 for beta in betas) else "must be two numbers in [0, 1)"

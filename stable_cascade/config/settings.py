@@ -147,10 +147,14 @@ class DecoderModelSettings(ModelSettings):
 class DataSettings:
     """The images and captions."""
 
-    webdataset_path: str | list[str] | None = setting(None, path=True, resume="same data")
-    """Shards: local paths, folders, `file:`, `s3://` and `http(s)://` addresses, brace lists; one or a list."""
-    dataset_name: str | None = setting(None, path=True, elsewhere="train_data_dir")
-    """Hugging Face dataset, or a local folder that `datasets` reads, instead of shards."""
+    webdataset_path: Any = setting(
+        None, path=True, check=rules.image_sets, resume="same data", values="text | list of text or of sets"
+    )
+    """Shards: paths, folders, `s3://` and `http(s)://` addresses, brace lists; a list may hold sets (data.md)."""
+    dataset_name: Any = setting(
+        None, path=True, check=rules.image_sets, elsewhere="train_data_dir", values="text | list of text or of sets"
+    )
+    """Hugging Face dataset, or a local folder that `datasets` reads, instead of shards; or a list of such sets."""
     image_column: str = "image"
     """Column of `dataset_name` with the images."""
     caption_column: str = "text"

@@ -92,7 +92,7 @@ def make_config(cls: type[Config], given: dict[str, tuple[Any, str]]) -> Config:
     # Expand the home folder in paths.
     for key in keys_where([keys], path=True):
         value = getattr(config, key)
-        setattr(config, key, [path_text(one) for one in value] if isinstance(value, list) else path_text(value))
+        setattr(config, key, _at_home(value))
 
     # Check each value alone, then what several say together; fill in what absent keys mean.
     alone = ((key, known.problem(getattr(config, key))) for key, known in settings_of(keys).items())
@@ -297,6 +297,15 @@ def run_main(main: Callable[[], Any]) -> Any:
             raise
         sys.stderr.write(f"error: {printable(redacted(' '.join(str(error).split())))}\n")
         raise SystemExit(2) from None
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or what holds several of them, with the home folder for a leading `~`."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _at_home(one) if key == "path" else one for key, one in value.items()}
+    return path_text(value)
 
 
 def _expected(cls: type, key: str, value: Any) -> str:

@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from .index import index_samples
     from .plan import Buckets, Plan, make_buckets
     from .prepare import prepare_shards
-    from .samples import SampleIndex, with_regularization
+    from .samples import SampleIndex
+    from .sets import ImageSet, joined, with_regularization
     from .stream import SampleStream
 
 __all__ = [
     "Batch",
     "Buckets",
+    "ImageSet",
     "Plan",
     "PlannedCrop",
     "SampleIndex",
     "SampleStream",
     "crop_batches",
     "index_samples",
+    "joined",
     "make_buckets",
     "planned_crops",
     "prepare_shards",

@@ -35,11 +35,11 @@ class IndexedRows:
 
 
 class Replacements:
-    """What is shown in place of a broken sample: one of the same bucket and kind, drawn from (seed, position)."""
+    """What is shown in place of a broken sample: one of the same bucket and set, drawn from (seed, position)."""
 
     def __init__(self, order: Order):
         self.order = order
-        self._members: dict[tuple[int, bool], np.ndarray] = {}
+        self._members: dict[tuple[int, int], np.ndarray] = {}
 
     def candidates(self, row: Row) -> Iterator[int]:
         """The sample itself, then its replacements."""
@@ -51,11 +51,12 @@ class Replacements:
             yield int(members[drawn % len(members)])
 
     def _like(self, sample: int, bucket: int) -> np.ndarray:
-        regularization = self.order.regularization
-        first = self.order.count if regularization is None else regularization.first
-        kind = (bucket, sample >= first)
+        mixture = self.order.mixture
+        firsts = (0,) if mixture is None else mixture.firsts
+        number = 0 if mixture is None else int(mixture.set_of(np.array([sample]))[0])
+        kind = (bucket, number)
         if kind not in self._members:
-            start, stop = (first, self.order.count) if kind[1] else (0, first)
+            start, stop = firsts[number], (*firsts[1:], self.order.count)[number]
             members = start + np.flatnonzero(self.order.nearest[start:stop] == bucket)
             self._members[kind] = members if len(members) > 1 else np.arange(start, stop)
         return self._members[kind]

@@ -40,6 +40,8 @@ def shard_locations(webdataset_path: str | Iterable[str]) -> list[str]:
         raise ValueError("webdataset_path is empty; give a tar, a folder of tars or a list of them")
     found: list[str] = []
     for entry in entries:
+        if not isinstance(entry, (str, os.PathLike)):
+            raise ValueError(f"webdataset_path entry {quoted(entry)} is no place; a trainer's config may hold sets")
         for place in _braces(os.fspath(entry)):
             found += [location for location in _expand(place) if location not in found]
     return found

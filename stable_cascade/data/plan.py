@@ -11,7 +11,7 @@ import numpy as np
 
 from .decoding import CropChoice
 from .draws import draws, permutation, uniforms
-from .samples import Regularization, SampleIndex
+from .samples import Mixture, SampleIndex
 
 _CHUNK = 65536
 Waiting = dict[int, tuple[np.ndarray, np.ndarray]]
@@ -76,7 +76,7 @@ class Plan:
     def order(self, samples: SampleIndex) -> Order:
         """The endless sequence that a training on this index shows."""
         nearest = self.buckets.nearest(samples.widths, samples.heights)
-        return Order(len(samples), nearest, self.buckets, self.seed, self.random_bucket_share, samples.regularization)
+        return Order(len(samples), nearest, self.buckets, self.seed, self.random_bucket_share, samples.mixture)
 
     def part(self, batch: GlobalBatch) -> Iterator[GlobalBatch]:
         """The micro-batches of a global batch that this process loads."""
@@ -101,7 +101,7 @@ class GlobalBatch:
 class Order:
     """The endless sequence of samples: one permutation after the other, and a bucket for every position.
 
-    With `regularization` two such sequences are interleaved.
+    With a `mixture` there is such a sequence for each set, interleaved by their shares.
     """
 
     count: int
@@ -109,7 +109,7 @@ class Order:
     buckets: Buckets
     seed: int
     random_bucket_share: float = 0.0
-    regularization: Regularization | None = None
+    mixture: Mixture | None = None
 
     def bucket_numbers(self, positions: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """The bucket of each position: the sample's nearest, or a drawn one for the random share."""
@@ -155,28 +155,42 @@ def global_batches(order: Order, batch_size: int, start_step: int = 0) -> Iterat
 
 
 class _Shown:
-    """The sample at every position: epoch after epoch, or two kinds of samples interleaved by their share."""
+    """The sample at every position: epoch after epoch, or those of several sets interleaved by their shares."""
 
     def __init__(self, order: Order):
-        self.regularization = order.regularization
-        first = order.count if order.regularization is None else order.regularization.first
-        self.main = _Epochs(order.seed, first, "epoch")
-        self.other = _Epochs(order.seed, order.count - first, "regularization epoch")
-        self.first = first
+        mixture = order.mixture or Mixture((0,), (Fraction(1),), (1.0,), (False,))
+        self.firsts = mixture.firsts
+        ends = (*mixture.firsts[1:], order.count)
+        self.epochs = [
+            _Epochs(order.seed, end - first, _stream(number, mixture))
+            for number, (first, end) in enumerate(zip(mixture.firsts, ends, strict=True))
+        ]
+        # The share of each set among itself and those before it.
+        self.shares = [
+            (mixture.shares[number] / sum(mixture.shares[: number + 1])).limit_denominator(1_000_000)
+            for number in range(len(mixture.shares))
+        ]
 
     def samples(self, start: int, stop: int) -> np.ndarray:
         """The sample numbers at the positions start, …, stop - 1."""
-        if self.regularization is None:
-            return self.main.samples(start, stop)
-        share = self.regularization.share
-        # Position p shows a regularisation image where floor((p + 1) share) is one more than floor(p share).
-        counts = np.arange(start, stop + 1) * share.numerator // share.denominator
-        before, after = int(counts[0]), int(counts[-1])
         shown = np.empty(stop - start, np.int64)
-        regularizes = np.diff(counts) == 1
-        shown[regularizes] = self.other.samples(before, after) + self.first
-        shown[~regularizes] = self.main.samples(start - before, stop - after)
+        # Of the places that later sets leave, a set takes one where floor(n share) rises; the first takes the rest.
+        places = np.arange(start, stop + 1)
+        for number in reversed(range(len(self.shares))):
+            share = self.shares[number]
+            counts = places * share.numerator // share.denominator
+            before, after = int(counts[0]), int(counts[-1])
+            own = np.diff(counts) == 1
+            shown[own] = self.epochs[number].samples(before, after) + self.firsts[number]
+            places = places - counts
         return shown
+
+
+def _stream(number: int, mixture: Mixture) -> str:
+    """The name under which a set's permutations are drawn."""
+    if not number:
+        return "epoch"
+    return "regularization epoch" if number == 1 and mixture.regularization[1] else f"epoch of set {number}"
 
 
 class _Epochs:

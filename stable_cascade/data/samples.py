@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .draws import mixed
-
-if TYPE_CHECKING:
-    from .stream import SampleStream
 
 HEAD_BYTES, TAIL_BYTES = 32768, 4096
 """What is read of an image to index it: enough for nearly every header, and for a hash of the content."""
@@ -55,6 +51,7 @@ class IndexReport:
     uncaptioned: int = 0
     masked: int | None = None
     regularization: int = 0
+    sets: tuple[str, ...] = ()
     skipped_shards: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -66,6 +63,8 @@ class IndexReport:
             parts.append(f"{self.uncaptioned:,} without a caption")
         if self.masked is not None:
             parts.append(f"{self.masked:,} with a mask")
+        if len(self.sets) > 2 or (self.sets and not self.regularization):
+            parts.append(f"in {len(self.sets)} sets ({', '.join(self.sets)} of what is shown)")
         if self.regularization:
             parts.append(f"{self.regularization:,} of them for regularisation")
         if self.skipped_shards:
@@ -74,12 +73,24 @@ class IndexReport:
 
 
 @dataclass(frozen=True)
-class Regularization:
-    """The samples from number `first` on are for regularisation: this `share` of what is shown, with this weight."""
+class Mixture:
+    """Several sets in one index.
 
-    first: int
-    share: Fraction
-    weight: float
+    Attributes:
+        firsts: number of the first sample of each set, 0 for the first one.
+        shares: of what is shown; they add up to one.
+        weights: what the loss of each set's images is multiplied by.
+        regularization: which sets are of the class and not of the subject; those are the last ones.
+    """
+
+    firsts: tuple[int, ...]
+    shares: tuple[Fraction, ...]
+    weights: tuple[float, ...]
+    regularization: tuple[bool, ...]
+
+    def set_of(self, samples: np.ndarray) -> np.ndarray:
+        """The number of the set that each sample belongs to. Shapes: (N,) -> (N,)."""
+        return np.searchsorted(self.firsts, samples, side="right") - 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class SampleIndex:
     report: IndexReport
     max_broken_share: float = 0.1
     masks: bool = False
-    regularization: Regularization | None = None
+    mixture: Mixture | None = None
     text_hashes: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -120,13 +131,20 @@ class SampleIndex:
         return self.source.mask(index) if self.masks else None
 
     def weights(self, indices: np.ndarray) -> np.ndarray:
-        """What each sample's loss is multiplied by: 1, or the weight of a regularisation image.
+        """What each sample's loss is multiplied by: 1, or the weight of its set.
 
         Shapes: (N,) -> (N,) float32.
         """
-        if self.regularization is None:
+        if self.mixture is None:
             return np.ones(len(indices), np.float32)
-        return np.where(indices < self.regularization.first, 1, self.regularization.weight).astype(np.float32)
+        return np.asarray(self.mixture.weights, np.float32)[self.mixture.set_of(indices)]
+
+    @property
+    def subjects(self) -> int:
+        """How many samples are of the subject; those for regularisation come after them."""
+        if self.mixture is None or not any(self.mixture.regularization):
+            return len(self)
+        return self.mixture.firsts[self.mixture.regularization.index(True)]
 
     @property
     def content(self) -> dict[str, Any]:
@@ -154,6 +172,14 @@ class SampleIndex:
         digest.update(self.widths.astype("<i4").tobytes() + self.heights.astype("<i4").tobytes())
         digest.update(self.source.identity())
         return digest.hexdigest()
+
+
+def mixed_hash(hashes: np.ndarray, text: str) -> np.ndarray:
+    """The hashes, changed by a text that goes with all of them; as they are for an empty one.
+
+    Shapes: (N,) uint64 -> (N,) uint64.
+    """
+    return mixed(hashes ^ np.uint64(content_hash(text.encode()))) if text else hashes
 
 
 def content_hash(data: bytes) -> int:
@@ -224,93 +250,4 @@ def missing_captions(count: int, total: int, example: str, captions: str) -> Val
     return ValueError(
         f"{count:,} of {total:,} samples have no caption under captions_getter {captions!r}, for example {example}; "
         "name the right member or key, add the captions, or set allow_missing_captions to train them with ''"
-    )
-
-
-_PREFIX = "regularization/"
-
-
-class JoinedSource:
-    """Two sources, one after the other; the second one's keys begin with `regularization/`."""
-
-    def __init__(self, main: Source, other: Source, first: int, masks: tuple[bool, bool]):
-        self.main, self.other, self.first, self.masks = main, other, first, masks
-
-    def _place(self, index: int) -> tuple[Source, int]:
-        return (self.main, index) if index < self.first else (self.other, index - self.first)
-
-    def key(self, index: int) -> str:
-        """The sample's name in messages."""
-        source, number = self._place(index)
-        return source.key(number) if index < self.first else _PREFIX + source.key(number)
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        """The image file and the caption."""
-        source, number = self._place(index)
-        return source.read(number)
-
-    def caption(self, index: int) -> str:
-        """The caption alone."""
-        source, number = self._place(index)
-        return source.caption(number)
-
-    def mask(self, index: int) -> bytes | None:
-        """The mask's file; None where the sample has none, or its set was indexed without masks."""
-        source, number = self._place(index)
-        return source.mask(number) if self.masks[index >= self.first] else None
-
-    def identity(self) -> bytes:
-        """All names in their order."""
-        return self.main.identity() + _PREFIX.encode() + self.other.identity()
-
-
-def with_regularization(
-    index: SampleIndex | SampleStream, other: SampleIndex | SampleStream, share: float, weight: float
-) -> SampleIndex:
-    """Both sets as one index: `share` of the samples shown are of `other`, evenly spread, with `Batch.weights` weight.
-
-    Each set goes through epochs of its own. Position p shows an image of `other` where floor((p + 1) share) is one
-    more than floor(p share), with the share rounded to millionths.
-
-    Raises:
-        ValueError: the share does not lie in (0, 1), the weight is negative, or a set is a stream or joined already.
-    """
-    # Both sets must be plain indexes, and the share one that can be exact.
-    for part in (index, other):
-        if not isinstance(part, SampleIndex):
-            raise ValueError("regularization_path needs random access to the images; set streaming: false")
-        if part.regularization is not None:
-            raise ValueError("an index that has regularisation images already cannot be joined with others")
-    assert isinstance(index, SampleIndex)
-    assert isinstance(other, SampleIndex)
-    exact = Fraction(share).limit_denominator(1_000_000)
-    if not 0 < exact < 1:
-        raise ValueError(f"regularization_share {share} must lie between 0 and 1")
-    if not weight >= 0:
-        raise ValueError(f"prior_loss_weight {weight} must not be negative")
-    # Join the reports, then the samples: the subject's first.
-    main, extra = index.report, other.report
-    report = dataclasses.replace(
-        main,
-        found=main.found + extra.found,
-        shards=main.shards + extra.shards,
-        unreadable=main.unreadable + extra.unreadable,
-        unreadable_keys=(*main.unreadable_keys, *(_PREFIX + key for key in extra.unreadable_keys)),
-        uncaptioned=main.uncaptioned + extra.uncaptioned,
-        masked=None if main.masked is extra.masked is None else (main.masked or 0) + (extra.masked or 0),
-        regularization=extra.found,
-        skipped_shards=main.skipped_shards + extra.skipped_shards,
-    )
-    return SampleIndex(
-        JoinedSource(index.source, other.source, len(index), (index.masks, other.masks)),
-        np.concatenate([index.widths, other.widths]),
-        np.concatenate([index.heights, other.heights]),
-        np.concatenate([index.content_hashes, other.content_hashes]),
-        report,
-        index.max_broken_share,
-        index.masks or other.masks,
-        Regularization(len(index), exact, float(weight)),
-        None
-        if index.text_hashes is None or other.text_hashes is None
-        else np.concatenate([index.text_hashes, other.text_hashes]),
     )

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from stable_cascade.data import (
     Batch,
+    ImageSet,
     Plan,
     SampleIndex,
     SampleStream,
     index_samples,
+    joined,
     training_batches,
     with_regularization,
 )
@@ -24,34 +26,59 @@ from stable_cascade.training.processes import gathered
 def samples(config: Any) -> SampleIndex | SampleStream:
     """The index of the training images; broken shards and filters end here, before any weight is read.
 
-    regularisation images are joined to it, whole and unfiltered: masks and filters belong to the subject's.
+    Several sets become one index. Those for regularisation are joined to it whole: masks and filters belong to the
+    subject's.
     """
-    # The subject's images.
-    index = index_samples(
-        config.webdataset_path,
-        dataset_name=config.dataset_name,
+    # Plain shards of a list are one set together, each data set and each mapping is a set of its own.
+    key = "dataset_name" if config.dataset_name else "webdataset_path"
+    value = getattr(config, key)
+    entries = value if isinstance(value, list) else [value]
+    plain = [entry for entry in entries if isinstance(entry, str)]
+    together = [plain] if plain and key == "webdataset_path" else plain
+    sets = [{"path": path} for path in together] + [entry for entry in entries if not isinstance(entry, str)]
+    # Index each, and join them.
+    loss_weight = getattr(config, "prior_loss_weight", 1.0)
+    found = []
+    for entry in sets:
+        aside = bool(entry.get("regularization"))
+        index = _index(config, key, entry["path"], aside=aside)
+        found.append(ImageSet(
+            index, entry.get("weight"), entry.get("repeats", 1.0), entry.get("caption_prefix", ""), aside,
+            loss_weight if aside else 1.0,
+        ))  # fmt: skip
+    alone = len(found) == 1 and not found[0].caption_prefix and not found[0].regularization
+    try:
+        whole = found[0].index if alone else joined(found)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    # Images of the class under a key of their own.
+    if not getattr(config, "regularization_path", None):
+        return whole
+    if not alone:
+        raise ValueError(
+            f"regularization_path is set beside several sets; make it an entry of {key}: "
+            "{path: …, regularization: true}"
+        )
+    others = _index(config, "webdataset_path", config.regularization_path, aside=True)
+    return with_regularization(whole, others, share=config.regularization_share, weight=loss_weight)
+
+
+def _index(config: Any, key: str, place: Any, *, aside: bool) -> SampleIndex | SampleStream:
+    """The index of one set; images for regularisation have neither filters nor masks."""
+    return index_samples(
+        place if key == "webdataset_path" else None,
+        dataset_name=place if key == "dataset_name" else None,
         image_column=config.image_column,
         caption_column=config.caption_column,
-        streaming=config.streaming,
-        dataset_filters=config.dataset_filters,
+        streaming=config.streaming and not (aside and key == "webdataset_path"),
+        dataset_filters=None if aside else config.dataset_filters,
         captions_getter=config.captions_getter,
         max_broken_share=config.max_broken_share,
         cache_dir=config.cache_dir,
         allow_missing_captions=config.allow_missing_captions,
-        masks=getattr(config, "masked_loss", False),
+        masks=getattr(config, "masked_loss", False) and not aside,
         mask_column=getattr(config, "mask_column", "mask"),
     )
-    if not getattr(config, "regularization_path", None):
-        return index
-    # Those of its class.
-    others = index_samples(
-        config.regularization_path,
-        captions_getter=config.captions_getter,
-        max_broken_share=config.max_broken_share,
-        cache_dir=config.cache_dir,
-        allow_missing_captions=config.allow_missing_captions,
-    )
-    return with_regularization(index, others, share=config.regularization_share, weight=config.prior_loss_weight)
 
 
 def content(index: SampleIndex | SampleStream) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import torch
 from stable_cascade import factory
 from stable_cascade.adapters import lora_ranks
 from stable_cascade.compilation import check_compiler
+from stable_cascade.config.rules import places_of
 from stable_cascade.data import make_buckets
 from stable_cascade.data.locations import is_remote
 from stable_cascade.hub import NotAskedError, cache_only
@@ -195,8 +196,7 @@ def _ranks(model: Any) -> str:
 
 def _data_entry(config: Any) -> str:
     """What there is to train on, as far as it is on this machine."""
-    paths = [config.webdataset_path, getattr(config, "regularization_path", None)]
-    places = [place for path in paths if path for place in ([path] if isinstance(path, str) else path)]
+    places = places_of(config.webdataset_path) + places_of(getattr(config, "regularization_path", None))
     remote = next((place for place in places if is_remote(place)), None)
     if remote is not None:
         raise NotAskedError(f"{quoted(bare_address(remote))} is not on this machine; a run will read it")

@@ -80,7 +80,7 @@ def caption_facts(config: Any, index: SampleIndex | SampleStream) -> list[str]:
     if entries:
         factory.learned_tokens(config, tokenizer, encoder)
     # Count them in the captions, and the captions that are too long.
-    subjects = len(index) if index.regularization is None else index.regularization.first
+    subjects = index.subjects
     captions, whole = _captions(index, subjects)
     ids = tokenizer(captions, truncation=False, padding=False)["input_ids"] if captions else []
     among = f"{len(captions):,} captions" + ("" if whole else f" looked at, of {subjects:,}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from stable_cascade.components import NETWORKS
 from stable_cascade.config import TRAINERS, keys_where
+from stable_cascade.config.rules import places_of
 from stable_cascade.files.json_files import read_json
 from stable_cascade.redaction import bare_address, redacted
 from stable_cascade.training.sheets import sheet_images
@@ -167,7 +168,7 @@ def write_model_card(folder: Path, settings: Mapping[str, Any], repo: str) -> Pa
     cascade = "embedded_path()" if base.embedded else f'"{base.cascade or "PATH OR HUB NAME OF THE CASCADE"}"'
 
     # The data and the settings; the fence is longer than any run of backticks within it.
-    sets = {key: _listed(known.get(key)) for key in ("webdataset_path", "dataset_name", "regularization_path")}
+    sets = {key: places_of(known.get(key)) for key in ("webdataset_path", "dataset_name", "regularization_path")}
     text = yaml.safe_dump(dict(known), sort_keys=False, allow_unicode=True) if known else ""
     longest = max(map(len, re.findall("`+", text)), default=0)
 
@@ -314,11 +315,6 @@ def _write_samples(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str,
         found.image.save(folder / name)
         written.append((name, found.caption))
     return written
-
-
-def _listed(value: Any) -> list[str]:
-    """One place or several as a list."""
-    return value if isinstance(value, list) else [value] if value else []
 
 
 def _metadata(export: Export, base: Base, samples: list[tuple[str, str]], repo: str) -> Any:
