@@ -39,6 +39,7 @@ def _set_problem(entry: Any) -> str | None:
     """What is wrong with an entry that is a set."""
     if not isinstance(entry, Mapping) or not entry.get("path"):
         return f"entry {entry!r} must be a place, or a set as {{path: shards, repeats: 2}}"
+    # Known keys, each of its kind.
     odd = next((key for key in entry if key not in SET_KEYS), None)
     if odd is not None:
         return f"entry {entry['path']!r} has the key {odd!r}; a set has {', '.join(SET_KEYS)}"

@@ -175,6 +175,7 @@ def _names(sets: Sequence[ImageSet]) -> list[str]:
 
 def _report(indexes: Sequence[SampleIndex], names: Sequence[str], mixture: Mixture) -> IndexReport:
     """The reports of all sets as one."""
+    # Counts add up; masks count where a set was indexed with them; keys carry their set's name.
     reports = [index.report for index in indexes]
     masked = [report.masked for report in reports if report.masked is not None]
     rejected: dict[str, int] = {}
