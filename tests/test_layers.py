@@ -169,6 +169,19 @@ def test_files_import_only_from_lower_layers_or_their_own_folder():
     assert not faults, "\n".join(faults)
 
 
+def test_every_module_that_is_imported_exists():
+    """Imports inside functions too, which nothing else looks at before they run."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in python_files(PACKAGE)}
+    modules |= {name.removesuffix(".__init__") for name in modules}
+    missing = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in python_files(PACKAGE, "examples", "benchmarks", "tests", "docs")
+        for line, name in imports_of(ast.parse(path.read_text(encoding="utf-8")), path)
+        if name.startswith(f"{PACKAGE}.") and not {name, name.rpartition(".")[0]} & modules
+    ]
+    assert not missing, "\n".join(missing)
+
+
 def test_package_top_imports_nothing_eagerly():
     path = ROOT / PACKAGE / "__init__.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
