@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
+import datasets
 import numpy as np
 import pytest
 
@@ -100,7 +101,7 @@ def test_images_for_regularisation_come_last_and_have_their_weight(sets):
     assert index.subjects == 25
     assert index.weights(np.arange(35)).tolist() == [1.0] * 25 + [0.25] * 10
     assert index.key(30).startswith("regularization/0.tar/")
-    assert "in 3 sets (20 x 0.571, 5 x 0.143, 10 x 0.286 of what is shown)" in str(index.report)
+    assert "in 3 sets (20: 57.1%, 5: 14.3%, 10: 28.6% of the images shown)" in str(index.report)
     assert "10 of them for regularisation" in str(index.report)
 
 
@@ -108,6 +109,7 @@ def test_refusals(sets):
     for given, words in (
         ([ImageSet(sets[0], weight=1), ImageSet(sets[1])], "give a weight to each of them"),
         ([ImageSet(sets[0], repeats=0), ImageSet(sets[1])], "must be above 0"),
+        ([ImageSet(sets[0], caption_prefix="\ud800"), ImageSet(sets[1])], "half a character"),
         ([ImageSet(joined([ImageSet(sets[0]), ImageSet(sets[1])])), ImageSet(sets[2])], "cannot be joined"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -150,11 +152,35 @@ def test_sets_of_a_config(tmp_path, cascade):
         factory.samples(config(tmp_path, cascade, webdataset_path=[images, {"path": more}], regularization_path=more))
 
 
+def saved_dataset(folder, rows: int) -> str:
+    """A folder that `datasets` wrote."""
+    columns = {
+        "image": [{"bytes": image(36, 36, seed=number), "path": None} for number in range(rows)],
+        "text": [f"caption {number}" for number in range(rows)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+    return str(folder)
+
+
+def test_data_sets_of_a_config_are_sets_and_streams_are_refused(tmp_path, cascade):
+    one, other = saved_dataset(tmp_path / "one", 4), saved_dataset(tmp_path / "other", 6)
+    names = [one, {"path": other, "repeats": 2, "caption_prefix": "old, "}]
+    index = factory.samples(config(tmp_path, cascade, webdataset_path=None, dataset_name=names))
+    assert [float(share) for share in index.mixture.shares] == [0.25, 0.75]
+    assert (index.caption(0), index.caption(4)) == ("caption 0", "old, caption 0")
+    with pytest.raises(ValueError, match=r"^dataset_name: several sets need random access.* set streaming: false"):
+        factory.samples(config(tmp_path, cascade, webdataset_path=None, dataset_name=names, streaming=True))
+
+
 @pytest.mark.parametrize("entry, words", [
     ({"pth": 1}, "must be a place, or a set"),
     ({"path": "a", "repeat": 2}, "has the key 'repeat'; a set has path, weight"),
-    ({"path": "a", "repeats": 0}, "repeats 0 must be a number above 0"),
-    ({"path": "a", "weight": "much"}, "weight 'much' must be a number"),
+    ({"path": 7}, "path must be a place, or a list of places"),
+    ({"path": ["a", {"path": "b"}]}, "path must be a place, or a list of places"),
+    ({"path": "a", "repeats": 0}, "entry 'a': repeats must be a number above 0"),
+    ({"path": "a", "repeats": 10**5000}, "repeats must be a number above 0"),
+    ({"path": "a", "weight": "much"}, "entry 'a': weight must be a number"),
     ({"path": "a", "weight": 1, "repeats": 2}, "give one of them"),
     ({"path": "a", "caption_prefix": 3}, "caption_prefix must be a text"),
     ({"path": "a", "regularization": "yes"}, "must be true or false"),

@@ -272,6 +272,15 @@ def test_a_run_resumes_on_its_own_data_alone(tmp_path, now, message):
         toy_train(toy_config(tmp_path, **settings), data=now)
 
 
+def test_a_run_that_wrote_pictures_for_images_resumes_and_says_what_differs(tmp_path):
+    settings, old = {"updates": 4, "lr_scheduler": "constant"}, data([1, 2, 3])
+    old["pictures"] = old.pop("images")
+    toy_train(toy_config(tmp_path, **settings), data=old)
+    assert toy_train(toy_config(tmp_path, **settings), data=data([1, 2, 3])).finished
+    with pytest.raises(ValueError, match="the same images in another order"):
+        toy_train(toy_config(tmp_path, **settings), data=data([2, 1, 3]))
+
+
 def test_a_run_goes_on_with_other_data_where_that_is_asked_for(tmp_path):
     first, second = data([1, 2, 3]), data([4, 5], "a cat")
     toy_train(toy_config(tmp_path, updates=4, lr_scheduler="constant"), data=first)

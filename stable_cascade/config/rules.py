@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stable_cascade.wording import brief
+
 LARGEST_RANK = 8192
 
 
@@ -38,21 +40,25 @@ def image_sets(value: Any) -> str | None:
 def _set_problem(entry: Any) -> str | None:
     """What is wrong with an entry that is a set."""
     if not isinstance(entry, Mapping) or not entry.get("path"):
-        return f"entry {entry!r} must be a place, or a set as {{path: shards, repeats: 2}}"
+        return f"entry {brief(repr(entry), 60)} must be a place, or a set as {{path: shards, repeats: 2}}"
     # Known keys, each of its kind.
+    path = entry["path"]
+    named = f"entry {brief(repr(path), 60)}"
+    if not all(isinstance(one, str) for one in (path if isinstance(path, list) else [path])):
+        return f"{named}: path must be a place, or a list of places"
     odd = next((key for key in entry if key not in SET_KEYS), None)
     if odd is not None:
-        return f"entry {entry['path']!r} has the key {odd!r}; a set has {', '.join(SET_KEYS)}"
+        return f"{named} has the key {brief(repr(odd), 60)}; a set has {', '.join(SET_KEYS)}"
     for key in ("weight", "repeats"):
         number = entry.get(key, 1)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= 1e6:
-            return f"entry {entry['path']!r}: {key} {number!r} must be a number above 0, at most 1,000,000"
+            return f"{named}: {key} must be a number above 0, at most 1,000,000"
     if "weight" in entry and "repeats" in entry:
-        return f"entry {entry['path']!r} has weight and repeats; give one of them"
+        return f"{named} has weight and repeats; give one of them"
     if not isinstance(entry.get("caption_prefix", ""), str):
-        return f"entry {entry['path']!r}: caption_prefix must be a text"
+        return f"{named}: caption_prefix must be a text"
     if not isinstance(entry.get("regularization", False), bool):
-        return f"entry {entry['path']!r}: regularization must be true or false"
+        return f"{named}: regularization must be true or false"
     return None
 
 

@@ -64,7 +64,7 @@ class IndexReport:
         if self.masked is not None:
             parts.append(f"{self.masked:,} with a mask")
         if len(self.sets) > 2 or (self.sets and not self.regularization):
-            parts.append(f"in {len(self.sets)} sets ({', '.join(self.sets)} of what is shown)")
+            parts.append(f"in {len(self.sets)} sets ({', '.join(self.sets)} of the images shown)")
         if self.regularization:
             parts.append(f"{self.regularization:,} of them for regularisation")
         if self.skipped_shards:

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from .captions import check_caption
 from .samples import IndexReport, Mixture, SampleIndex, Source, mixed_hash
 from .stream import SampleStream
 
@@ -30,7 +31,7 @@ class ImageSet:
     """
 
     index: SampleIndex | SampleStream
-    weight: float | None = None
+    weight: float | Fraction | None = None
     repeats: float = 1.0
     caption_prefix: str = ""
     regularization: bool = False
@@ -56,6 +57,7 @@ def joined(sets: Sequence[ImageSet]) -> SampleIndex:
         if not (one.repeats > 0 and one.loss_weight >= 0 and (one.weight is None or one.weight > 0)):
             numbers = f"weight {one.weight}, repeats {one.repeats} and loss_weight {one.loss_weight}"
             raise ValueError(f"a set has {numbers}; weight and repeats must be above 0, loss_weight not negative")
+        check_caption(one.caption_prefix)
     given = [one.weight is not None for one in sets]
     if any(given) and not all(given):
         raise ValueError("some sets have a weight and others none; give a weight to each of them, or use repeats")
@@ -107,15 +109,13 @@ def with_regularization(
     """
     if not isinstance(index, SampleIndex) or not isinstance(other, SampleIndex):
         raise ValueError("regularization_path needs random access to the images; set streaming: false")
-    if not 0 < Fraction(share).limit_denominator(_EXACT) < 1:
+    exact = Fraction(share).limit_denominator(_EXACT)
+    if not 0 < exact < 1:
         raise ValueError(f"regularization_share {share} must lie between 0 and 1")
     if not weight >= 0:
         raise ValueError(f"prior_loss_weight {weight} must not be negative")
-    exact = Fraction(share).limit_denominator(_EXACT)
-    return joined([
-        ImageSet(index, weight=1 - exact),  # type: ignore[arg-type]
-        ImageSet(other, weight=exact, regularization=True, loss_weight=weight),  # type: ignore[arg-type]
-    ])  # fmt: skip
+    others = ImageSet(other, weight=exact, regularization=True, loss_weight=weight)
+    return joined([ImageSet(index, weight=1 - exact), others])
 
 
 class JoinedSource:
@@ -197,7 +197,7 @@ def _report(indexes: Sequence[SampleIndex], names: Sequence[str], mixture: Mixtu
             report.found for report, aside in zip(reports, mixture.regularization, strict=True) if aside
         ),
         sets=tuple(
-            f"{len(index):,} x {float(share):.3g}" for index, share in zip(indexes, mixture.shares, strict=True)
+            f"{len(index):,}: {float(share):.1%}" for index, share in zip(indexes, mixture.shares, strict=True)
         ),
         skipped_shards=tuple(place for report in reports for place in report.skipped_shards),
     )

@@ -70,7 +70,7 @@ def _index(config: Any, key: str, place: Any, *, aside: bool) -> SampleIndex | S
         dataset_name=place if key == "dataset_name" else None,
         image_column=config.image_column,
         caption_column=config.caption_column,
-        streaming=config.streaming and not (aside and key == "webdataset_path"),
+        streaming=config.streaming,
         dataset_filters=None if aside else config.dataset_filters,
         captions_getter=config.captions_getter,
         max_broken_share=config.max_broken_share,

@@ -247,7 +247,7 @@ def _refuse_other_data(folder: Path, saved: Mapping[str, Any] | None, current: M
     # Say what differs, with examples, and how to go on.
     if saved["samples"] != current["samples"]:
         change = f"{saved['samples']:,} samples then, {current['samples']:,} now"
-    elif saved["images"] != current["images"]:
+    elif (saved.get("images") or saved.get("pictures")) != current["images"]:  # earlier runs wrote the second word
         change = "other images among them"
     elif saved["order"] != current["order"]:
         change = "the same images in another order; name the shards as before"
