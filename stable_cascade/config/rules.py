@@ -76,6 +76,11 @@ def averaging_factors(betas: Sequence[float]) -> str | None:
     return None if all(0 <= beta < 1 for beta in betas) else "must be two numbers in [0, 1)"
 
 
+def streaming(value: Any) -> str | None:
+    """Yes, no, or as the size of the set asks for."""
+    return None if isinstance(value, bool) or value == "auto" else "must be auto, True or False"
+
+
 def caption_getter(getter: Sequence[str]) -> str | None:
     """A field of a sample and what to do with it."""
     return None if len(getter) == 2 else "must be a field and what to do with it, as ['txt', 'identity']"

@@ -159,8 +159,12 @@ class DataSettings:
     """Column of `dataset_name` with the images."""
     caption_column: str = "text"
     """Column of `dataset_name` with the captions."""
-    streaming: bool = False
-    """Read `dataset_name` as a stream, without downloading it first."""
+    streaming: Any = setting("auto", check=rules.streaming, resume="same data", values="auto | True | False")
+    """Read images while training instead of looking at all of them first; auto: where shards are many (data.md)."""
+    stream_lanes: int = setting(64, at_least=1, at_most=65_536)
+    """Shards that a stream reads at a time, over all processes, whose number must divide it."""
+    shuffle_buffer: int = setting(1024, at_least=1, at_most=10_000_000)
+    """Images that a stream holds to draw the next one from, over all processes."""
     captions_getter: list[str] | None = setting(None, check=rules.caption_getter)
     """Field of a sample that holds the caption and what to do with it: `['txt', 'identity']` or a safe lambda."""
     dataset_filters: list[list[str]] | None = setting(None, check=rules.sample_filters)

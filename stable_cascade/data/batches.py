@@ -17,7 +17,7 @@ from .images import in_unit_range
 from .indexed import IndexedImages, IndexedRows, Replacements, candidate, planned_rows, usable
 from .plan import Plan, global_batches
 from .samples import SampleIndex
-from .stream import SampleStream, StreamedImages, StreamedRows
+from .stream import SampleStream, StreamedImages, StreamedRows, StreamState
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Batch:
     `identities` name what each row shows, before any decoding: sample key, a hash of the image's content (and its
     mask's), bucket size, and crop. Equal identities are equal pixels, in every run on every machine. `step_seed` is a
     function of (seed, step), one for every part of a global batch; `broken` counts the samples that another one
-    replaces.
+    replaces. `after` is where this process stands in a stream after the batch's step, None for an index.
 
     Shapes: pixels (B, 3, H, W) float32 in [0, 1], or bytes where they were asked for as stored, None when nothing was
         decoded; masks (B, 1, H, W) float32 in [0, 1],
@@ -46,6 +46,7 @@ class Batch:
     masks: Tensor | None = None
     weights: Tensor | None = None
     identities: list[str] = field(default_factory=list)
+    after: StreamState | None = None
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which a CUDA device copies while the host goes on.
@@ -65,6 +66,7 @@ def training_batches(
     plan: Plan,
     *,
     start_step: int = 0,
+    after: StreamState | None = None,
     decode: bool = True,
     num_workers: int = 0,
     as_stored: bool = False,
@@ -78,6 +80,8 @@ def training_batches(
     Args:
         samples: what `index_samples` returns; with masks where it was asked for masks.
         start_step: the first step.
+        after: of a stream, what `Batch.after` was at the end of the step before, of all processes together; without
+            it a stream is read from its beginning.
         decode: False reads no image: pixels and masks are None, everything else is the same.
         num_workers: processes that decode; 0 decodes in this one.
         as_stored: leave pixels that are bytes as bytes, for `in_unit_range` to make floats of on the device.
@@ -101,11 +105,12 @@ def training_batches(
         else:
             loaded = (stacked_batch(made)[0] for made in planned_rows(samples, order, rows, decoder))
     else:
-        items, images = StreamedRows(samples, plan, start_step), StreamedImages(plan.buckets, decoder)
+        items, images = StreamedRows(samples, plan, start_step, after), StreamedImages(plan.buckets, decoder)
         if decode:
             loaded = load_batches(images, items, loading)
         else:
             loaded = (stacked_batch([images.undecoded(item) for item in micro])[0] for micro in items)
+        loaded = (replace(batch, after=items.states.popleft()) for batch in loaded)
     return _with_step_seeds(loaded, plan, start_step)
 
 

@@ -132,8 +132,8 @@ def _fit_mask(mask: bytes | None, size: tuple[int, int], cover: tuple[int, int],
 class BrokenWatch:
     """Counts broken samples, logs each one once, and stops a training that would run on few of its images."""
 
-    def __init__(self, max_broken_share: float):
-        self.max_broken_share = max_broken_share
+    def __init__(self, max_broken_share: float, what: str = "samples"):
+        self.max_broken_share, self.what = max_broken_share, what
         self.seen = 0
         self.broken = 0
         self._logged: set[str] = set()
@@ -149,10 +149,10 @@ class BrokenWatch:
         for key in broken_keys:
             if key not in self._logged:
                 self._logged.add(key)
-                log.warning("broken sample replaced: %s", key)
+                log.warning("broken %s: %s", "sample replaced" if self.what == "samples" else self.what, key)
         if self.broken > self.max_broken_share * max(self.seen, _FIRST_JUDGED):
             raise ValueError(
-                f"{self.broken:,} broken samples among {self.seen:,} are more than max_broken_share "
+                f"{self.broken:,} broken {self.what} among {self.seen:,} are more than max_broken_share "
                 f"{self.max_broken_share}, the last is {broken_keys[-1] if broken_keys else ''}; check the shards"
             )
 

@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ import numpy as np
 from stable_cascade.hub import HubError, NotAskedError, ask
 
 from .captions import check_caption
-from .filters import Filter, apply_filters
+from .filters import Filter, apply_filters, with_size
 from .images import IMAGE_EXTENSIONS, image_size
+from .lanes import lane_count
 from .samples import (
     IndexReport,
     SampleIndex,
@@ -26,7 +28,7 @@ from .samples import (
     missing_captions,
     with_masks,
 )
-from .stream import HubColumns, SampleStream
+from .stream import HubColumns, SampleStream, StreamedRow, Watches
 
 log = logging.getLogger(__name__)
 
@@ -149,19 +151,107 @@ def _filtered(
 
 
 def stream_dataset(
-    dataset_name: str, columns: HubColumns, filters: Sequence[Filter], max_broken_share: float
+    dataset_name: str,
+    columns: HubColumns,
+    filters: Sequence[Filter],
+    max_broken_share: float,
+    *,
+    lanes: int,
+    shuffle_buffer: int,
 ) -> SampleStream:
-    """The rows of a dataset in their order, read while training.
+    """The rows of a dataset, read while training, its shards shared out among the lanes.
 
     Raises:
         ValueError: it cannot be opened or lacks a column.
     """
-    dataset = _open(dataset_name, streaming=True)
+    dataset, firsts = _in_lanes(_open(dataset_name, streaming=True), lanes)
     names = dataset.column_names
     if names is not None:  # some streams learn their columns from the first row
         dataset = dataset.select_columns(_check_columns(dataset_name, names, columns, filters))
         dataset = _undecoded(dataset, columns)
-    return SampleStream(short_name(dataset_name), dataset, columns, tuple(filters), max_broken_share)
+    name, shards = short_name(dataset_name), dataset.num_shards
+    return SampleStream(
+        name, HubLanes(name, dataset, columns, firsts), shards, lane_count(lanes, shards), lanes, shuffle_buffer,
+        max_broken_share, tuple(filters), columns.mask is not None,
+    )  # fmt: skip
+
+
+_ROWS_OF_A_LANE = 100
+
+
+def _in_lanes(dataset: Any, lanes: int) -> tuple[Any, Sequence[int]]:
+    """A set on this machine as an iterable one of equal parts, and the first row of each; others as they are."""
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset, ()
+    count = lane_count(lanes, max(1, len(dataset) // _ROWS_OF_A_LANE))
+    rows, more = divmod(len(dataset), count)
+    return dataset.to_iterable_dataset(num_shards=count), [rows * lane + min(lane, more) for lane in range(count)]
+
+
+@dataclass(frozen=True)
+class HubLanes:
+    """The lanes of a dataset, split by `datasets`; a cursor is the epoch, the row's number and `state_dict`.
+
+    The shuffle buffer is the stream's own, since `datasets` lets go of what its buffer holds when it resumes.
+    """
+
+    name: str
+    dataset: Any
+    columns: HubColumns
+    firsts: Sequence[int] = ()
+    """Number of each lane's first row, where the lanes are parts of a set on this machine."""
+
+    def lane(self, lane: int, lanes: int, seed: int, cursor: Any, watches: Watches) -> Iterator[tuple[Any, Any]]:
+        """A lane's usable rows from a cursor on, without end, each with the cursor after it."""
+        epoch, number, state = cursor or (0, 0, None)
+        # Rows are known by their number in the set, where that is known, or by their number in the lane.
+        prefix = f"{self.name}/" if lanes == 1 or self.firsts else f"{self.name}/{lane}-"
+        first = self.firsts[lane] if self.firsts else 0
+        while True:
+            usable = number
+            own = self.dataset.shard(num_shards=lanes, index=lane)
+            if state is not None:
+                own.load_state_dict(state)
+            for values in own:
+                row = self._row(f"{prefix}{first + number}", values, watches)
+                number += 1
+                if row is not None:
+                    usable = 1
+                    yield row, (epoch, number, own.state_dict())
+            if not usable:
+                watches.rejections.finish()
+                raise ValueError(f"dataset_name {self.name!r} has no usable row")
+            epoch, number, state = epoch + 1, 0, None
+
+    def _row(self, key: str, values: dict[str, Any], watches: Watches) -> StreamedRow | None:
+        columns = self.columns
+        if columns.image not in values:
+            raise ValueError(f"image_column {columns.image!r} is no column of {self.name!r} ({', '.join(values)})")
+        # Readable, with a caption of a bearable length.
+        try:
+            data = columns.image_file(values)
+            size = image_size(data)
+            check_caption(columns.text(values) or "")
+        except (ValueError, OSError) as error:
+            watches.samples.see(1, [f"{key}: {error}"])
+            return None
+        watches.samples.see(1, [])
+        assert size is not None
+        # It passes the filters and has a caption.
+        if watches.rejections.filters and not all(watches.rejections.verdicts(with_size(values, size))):
+            return None
+        caption = columns.text(values)
+        if caption is None and not columns.allow_missing_captions:
+            raise ValueError(
+                f"{key} has no caption in caption_column {columns.caption!r}; name the right column, or set "
+                "allow_missing_captions to train it with ''"
+            )
+        mask = columns.mask_file(values)
+        files = (data,) if mask is None else (data, mask)
+        image, masked = (np.array([content_hash(part) if part else 0], np.uint64) for part in (data, mask))
+        return StreamedRow(key, caption or "", *size, int(with_masks(image, masked)[0]), files=files)
 
 
 def short_name(dataset_name: str) -> str:
@@ -198,7 +288,7 @@ def _open(dataset_name: str, *, streaming: bool) -> Any:
         if split != "train" and len(loaded) > 1:
             raise ValueError(f"dataset_name {dataset_name!r} has no train split, only {', '.join(map(str, loaded))}")
         loaded = loaded[split]
-    return loaded.to_iterable_dataset() if saved and streaming else loaded
+    return loaded
 
 
 def _load(name: str, streaming: bool, *, local_files_only: bool = False) -> Any:

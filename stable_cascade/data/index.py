@@ -21,8 +21,10 @@ from stable_cascade.wording import printable
 from .captions import CaptionSource, caption_source
 from .filters import Filter, apply_filters, parse_filters
 from .hf_datasets import index_dataset, stream_dataset
-from .locations import ByteReader, ShardFailure, shard_locations, shard_stamp
+from .lanes import lane_count
+from .locations import ByteReader, ShardFailure, is_remote, shard_locations, shard_stamp
 from .samples import IndexReport, SampleIndex, check_kept, check_masks, check_unreadable, missing_captions, with_masks
+from .shard_lanes import ShardLanes
 from .shards import MEMBERS, ShardTable, StringColumn, scan_shard
 from .stream import HubColumns, SampleStream
 
@@ -94,7 +96,7 @@ def index_samples(
     dataset_name: str | None = None,
     image_column: str = "image",
     caption_column: str = "text",
-    streaming: bool = False,
+    streaming: bool | str = False,
     dataset_filters: Iterable[Sequence[str]] | None = None,
     captions_getter: str | Sequence[str] | None = None,
     max_broken_share: float = 0.1,
@@ -102,6 +104,8 @@ def index_samples(
     allow_missing_captions: bool = False,
     masks: bool = False,
     mask_column: str = "mask",
+    stream_lanes: int = 64,
+    shuffle_buffer: int = 1024,
 ) -> SampleIndex | SampleStream:
     """The samples to train on, from shards or from a Hugging Face dataset.
 
@@ -110,7 +114,8 @@ def index_samples(
         dataset_name: a dataset of the hub or a local folder, instead of shards.
         image_column: the dataset's column of images.
         caption_column: its column of captions.
-        streaming: read the dataset in order without downloading it; the result is then a `SampleStream`.
+        streaming: read while training instead of looking at everything first; the result is then a `SampleStream`.
+            "auto" does so for shards that would take long to look at.
         dataset_filters: pairs such as ['aesthetic_score', 'lambda s: s > 4.5'] over JSON keys (columns of a dataset).
         captions_getter: where shards hold the caption; default the .txt member.
         max_broken_share: how large a share of unreadable samples is accepted.
@@ -119,6 +124,8 @@ def index_samples(
         masks: also read the masks: the member KEY.mask.png (or .mask.jpg, .mask.webp) of shards, `mask_column` of a
             dataset. White counts fully; a sample without one counts fully everywhere.
         mask_column: the dataset's column of masks.
+        stream_lanes: how many shards are read at a time, over all processes; of fewer shards a divisor of it.
+        shuffle_buffer: samples that all lanes together hold to draw from.
 
     Raises:
         ValueError: nothing usable is there; the message says what is wrong with which file or setting.
@@ -134,15 +141,46 @@ def index_samples(
     # A Hugging Face dataset.
     if dataset_name is not None:
         columns = HubColumns(image_column, caption_column, allow_missing_captions, mask_column if masks else None)
-        open_dataset = stream_dataset if streaming else index_dataset
-        return open_dataset(dataset_name, columns, filters, max_broken_share)
+        if streaming is not True:
+            return index_dataset(dataset_name, columns, filters, max_broken_share)
+        sizes = {"lanes": stream_lanes, "shuffle_buffer": shuffle_buffer}
+        return stream_dataset(dataset_name, columns, filters, max_broken_share, **sizes)
     # Shards: find them, scan them or load their tables, and join what can be used.
     assert webdataset_path is not None
     locations = shard_locations(webdataset_path)
+    why = long_to_index(locations) if streaming == "auto" else ""
+    if why or streaming is True:
+        fields = sorted({item.key for item in filters})
+        lanes = ShardLanes(locations, _short_names(locations), fields, captions, allow_missing_captions, masks)
+        stream = SampleStream(
+            "webdataset_path", lanes, len(locations), lane_count(stream_lanes, len(locations)), stream_lanes,
+            shuffle_buffer, max_broken_share, tuple(filters), masks, why,
+        )  # fmt: skip
+        stream.first()
+        return stream
     found = _tables(locations, filters, captions, cache_dir)
     locations, tables, failures = _without_failures(locations, found, max_broken_share)
     limits = _Limits(max_broken_share, allow_missing_captions, masks, failures)
     return _select(locations, tables, filters, captions, limits)
+
+
+_MANY_REMOTE, _MANY, _LARGE = 64, 2000, 500 * 2**30
+
+
+def long_to_index(locations: Sequence[str]) -> str:
+    """Why a look at every shard would take long; '' where it does not.
+
+    Of a remote shard every byte is fetched for it, of a local one the headers.
+    """
+    remote = sum(map(is_remote, locations))
+    if remote > _MANY_REMOTE:
+        return f"auto: {remote:,} remote shards; streaming: false would read all of them first"
+    if len(locations) > _MANY:
+        return f"auto: {len(locations):,} shards; streaming: false would look at all of them first"
+    size = sum(os.path.getsize(location) for location in locations if not is_remote(location))
+    if size > _LARGE:
+        return f"auto: {size / 2**30:,.0f} GiB; streaming: false would look at all of it first"
+    return ""
 
 
 def _tables(

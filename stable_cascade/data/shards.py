@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ from .captions import CaptionSource, json_object, text_of
 from .images import IMAGE_EXTENSIONS, image_size, looks_like_image, plain_size
 from .locations import ShardFailure, open_shard
 from .samples import HEAD_BYTES, TAIL_BYTES, content_hash, content_hash_of_parts
-from .tars import Span, tar_members
+from .tars import Span, end_of, tar_members
 
 MEMBERS = ("image", "txt", "json", "mask")
 
@@ -113,6 +113,50 @@ def scan_shard(location: str, fields: Sequence[str], captions: CaptionSource) ->
     )
 
 
+def shard_samples(
+    file: BinaryIO, location: str, fields: Sequence[str], captions: CaptionSource, start: int = 0
+) -> Iterator[tuple[str, _Sample, int]]:
+    """Every sample whose members lie together, in order: key, sample, and the byte at which the next one begins.
+
+    As webdataset groups them. Of a shard that ends early, what came before is given first.
+
+    Raises:
+        ShardFailure: it is truncated or damaged, or a remote one kept failing.
+        ValueError: it is not a tar.
+    """
+    wanted = {captions.member, "json"} if fields else {captions.member}
+    key, sample, end = "", _Sample({}), start
+    failure: Exception | None = None
+    members = tar_members(file, location, start=start)
+    while failure is None:
+        try:
+            name, span = next(members)
+            own, extension = _split(name)
+            if extension and own == key:
+                _take(sample, key, extension, file, span, location, wanted)
+        except StopIteration:
+            break
+        except ValueError as error:
+            failure = error
+            continue
+        if extension and own != key:
+            # The sample before is complete.
+            if sample.counts(captions.member):
+                _tell_dotted({}, key, sample, captions.member)
+                yield key, sample, end
+            key, sample = own, _Sample({})
+            try:
+                _take(sample, key, extension, file, span, location, wanted)
+            except ValueError as error:
+                failure = error
+                sample = _Sample({})
+        end = end_of(span)
+    if sample.counts(captions.member):
+        yield key, sample, end
+    if failure is not None:
+        raise failure
+
+
 @dataclass
 class _Sample:
     """One sample while its shard is being read."""
@@ -157,41 +201,13 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
     samples: dict[str, _Sample] = {}
     others: list[tuple[str, str]] = []
     hidden: list[str] = []
+    wanted = {caption_member, "json"} if want_json else {caption_member}
     for name, span in tar_members(file, location, others):
-        # A key ends at the first dot; what comes behind it is the kind of member.
         key, extension = _split(name)
-        if not extension:
+        if extension:
+            _take(samples.setdefault(key, _Sample({})), key, extension, file, span, location, wanted)
+        else:
             hidden.append(name)
-            continue
-        sample = samples.setdefault(key, _Sample({}))
-        rank = _image_rank(extension)
-        mask_rank = _mask_rank(extension)
-        # Masks, the best kind where there are several.
-        if mask_rank is not None:
-            if mask_rank < sample.mask_rank:
-                sample.mask_rank, sample.spans["mask"] = mask_rank, span
-                sample.mask_hash = _header(file, span)[1]
-            continue
-        # Images under other names are known by their first bytes; the rest is text or ignored.
-        if rank is None and extension not in _TEXTS and looks_like_image(_read(file, (span[0], min(span[1], 32)))):
-            rank = _OTHER_NAME
-        if rank is None:
-            sample.spans[extension] = span
-            if extension in {caption_member, "json" if want_json else ""}:
-                _read_text(file, span, sample, extension)
-            continue
-        # Images, the best kind where there are several.
-        if rank == sample.rank:
-            raise ValueError(
-                f"shard {location!r}: two images share the sample key {key!r} (a key ends at the first dot of the "
-                "name); rename them, or make the shard with `stable-cascade prepare`"
-            )
-        if rank < sample.rank:
-            sample.rank, sample.spans["image"] = rank, span
-            sample.size, sample.hash, fault = _header(file, span)
-            sample.fault = sample.fault or fault
-        if extension not in IMAGE_EXTENSIONS:
-            sample.compound.add(extension)
     # Say which members are of no use.
     for name, kind in others:
         _tell_other(samples, name, kind, caption_member)
@@ -199,6 +215,41 @@ def _samples(file: BinaryIO, location: str, want_json: bool, caption_member: str
         _tell_dotted(samples, key, sample, caption_member)
     _tell_hidden(samples, hidden, caption_member)
     return samples
+
+
+def _take(
+    sample: _Sample, key: str, extension: str, file: BinaryIO, span: Span, location: str, wanted: Collection[str]
+) -> None:
+    """Adds a member to its sample; the texts of the `wanted` extensions are read."""
+    # A key ends at the first dot; what comes behind it is the kind of member.
+    rank = _image_rank(extension)
+    mask_rank = _mask_rank(extension)
+    # Masks, the best kind where there are several.
+    if mask_rank is not None:
+        if mask_rank < sample.mask_rank:
+            sample.mask_rank, sample.spans["mask"] = mask_rank, span
+            sample.mask_hash = _header(file, span)[1]
+        return
+    # Images under other names are known by their first bytes; the rest is text or ignored.
+    if rank is None and extension not in _TEXTS and looks_like_image(_read(file, (span[0], min(span[1], 32)))):
+        rank = _OTHER_NAME
+    if rank is None:
+        sample.spans[extension] = span
+        if extension in wanted:
+            _read_text(file, span, sample, extension)
+        return
+    # Images, the best kind where there are several.
+    if rank == sample.rank:
+        raise ValueError(
+            f"shard {location!r}: two images share the sample key {key!r} (a key ends at the first dot of the "
+            "name); rename them, or make the shard with `stable-cascade prepare`"
+        )
+    if rank < sample.rank:
+        sample.rank, sample.spans["image"] = rank, span
+        sample.size, sample.hash, fault = _header(file, span)
+        sample.fault = sample.fault or fault
+    if extension not in IMAGE_EXTENSIONS:
+        sample.compound.add(extension)
 
 
 def _tell_other(samples: dict[str, _Sample], name: str, kind: str, caption_member: str) -> None:

@@ -18,18 +18,19 @@ _ADLER = 65521
 
 
 def tar_members(
-    file: BinaryIO, location: str, others: list[tuple[str, str]] | None = None
+    file: BinaryIO, location: str, others: list[tuple[str, str]] | None = None, start: int = 0
 ) -> Iterator[tuple[str, Span]]:
     """Name and (offset, size) of every regular file, in their order; names in POSIX (pax), GNU or old headers.
 
     Args:
         others: gets the name and the kind of every link, device, pipe and sparse file.
+        start: the byte at which a member's headers begin, as `end_of` tells it; members before are passed over.
 
     Raises:
         ShardFailure: the tar is truncated, or a header is damaged.
         ValueError: it is no tar, or compressed.
     """
-    place = 0
+    place = start
     name, size = None, None  # from an extended header before the member's own
     while True:
         file.seek(place)
@@ -66,7 +67,12 @@ def tar_members(
             elif kind in OTHER_KINDS and others is not None:
                 others.append((name or _own_name(header), OTHER_KINDS[kind]))
             name, size = None, None
-        place = data + -(-length // _BLOCK) * _BLOCK
+        place = end_of((data, length))
+
+
+def end_of(span: Span) -> int:
+    """The byte at which the headers of the next member begin."""
+    return span[0] + -(-span[1] // _BLOCK) * _BLOCK
 
 
 OTHER_KINDS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from stable_cascade.data import (
     with_regularization,
 )
 from stable_cascade.data.images import in_unit_range
+from stable_cascade.data.stream import StreamState
 from stable_cascade.training.processes import gathered
 
 
@@ -65,12 +66,19 @@ def samples(config: Any) -> SampleIndex | SampleStream:
 
 def _index(config: Any, key: str, place: Any, *, aside: bool) -> SampleIndex | SampleStream:
     """The index of one set; images for regularisation have neither filters nor masks."""
+    # Several sets and a cache need random access.
+    value = getattr(config, key)
+    several = isinstance(value, list) and any(not isinstance(entry, str) for entry in value)
+    needed = aside or several or getattr(config, "cache", False) or getattr(config, "regularization_path", None)
+    streaming = False if needed and config.streaming == "auto" else config.streaming
     return index_samples(
         place if key == "webdataset_path" else None,
         dataset_name=place if key == "dataset_name" else None,
         image_column=config.image_column,
         caption_column=config.caption_column,
-        streaming=config.streaming,
+        streaming=streaming,
+        stream_lanes=config.stream_lanes,
+        shuffle_buffer=config.shuffle_buffer,
         dataset_filters=None if aside else config.dataset_filters,
         captions_getter=config.captions_getter,
         max_broken_share=config.max_broken_share,
@@ -94,8 +102,10 @@ def batches(
     factor: int,
     decode: bool = True,
     known_broken: Collection[str] = (),
-) -> Callable[[int], Iterator[Batch]]:
+) -> Callable[..., Iterator[Batch]]:
     """Start step -> this process's micro-batches from there on, without end.
+
+    Of a stream, the second argument is what all processes' `Batch.after.plain()` were at the end of the step before.
 
     Args:
         factor: pixels per latent along a side.
@@ -108,11 +118,12 @@ def batches(
     check_agreement(index, accelerator)
     plan = make_plan(config, factor=factor, accelerator=accelerator, known_broken=known_broken)
 
-    def from_step(start_step: int) -> Iterator[Batch]:
+    def from_step(start_step: int, after: Sequence[Mapping[str, Any]] | None = None) -> Iterator[Batch]:
         return training_batches(
             index,
             plan,
             start_step=start_step,
+            after=StreamState.merged(map(StreamState.of, after)) if after else None,
             num_workers=config.num_workers,
             decode=decode,
             **loading_for(accelerator.device),

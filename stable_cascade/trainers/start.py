@@ -60,7 +60,7 @@ def data_entry(config: Any, index: SampleIndex | SampleStream) -> str:
         ValueError: as `caption_facts`.
     """
     if isinstance(index, SampleStream):
-        return "a stream, read in its order"
+        return str(index)
     return "\n                ".join([str(index.report), *caption_facts(config, index)])
 
 

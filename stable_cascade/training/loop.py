@@ -36,7 +36,7 @@ def train(
     accelerator: Any,
     *,
     model: nn.Module,
-    batches: Callable[[int], Iterator[Any]],
+    batches: Callable[..., Iterator[Any]],
     loss_fn: LossFunction,
     save_fn: SaveFunction,
     preview_fn: PreviewFunction,
@@ -77,7 +77,7 @@ def train(
             return run.finish()
         # Train until the last step or a signal.
         tracking.start_trackers(config, accelerator, run.tracker_run)
-        stream = batches(run.step)
+        stream = batches(run.step, run.data_state) if run.data_state else batches(run.step)
         try:
             with StopRequest() as stop:
                 finished = _steps(run, stream, loss_fn, after_step, stop)
@@ -151,6 +151,7 @@ def gradients(run: Run, stream: Iterator[Any], loss_fn: LossFunction) -> Figures
     broken = 0
     for part in range(parts):
         batch = next(stream)
+        run.after = getattr(batch, "after", None)
         with contextlib.nullcontext() if part == parts - 1 else accelerator.no_sync(run.model):
             with seeded(accelerator.device, config.seed, run.step, part, accelerator.process_index):
                 computed = loss_fn(run.model, batch)

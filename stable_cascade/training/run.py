@@ -23,6 +23,9 @@ from stable_cascade.training.publishing import publish_run
 from stable_cascade.training.run_folders import begin_folder, cleared_if_full, write_folder
 from stable_cascade.training.tracking import LossByNoiseLevel
 
+DATA_STATE = "data"
+"""The name in a checkpoint of where the processes stand in a stream."""
+
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Tensor] | None"], Any]
 PreviewFunction = Callable[[Path, nn.Module, int, "dict[str, Tensor] | None"], "Sequence[Path] | None"]
 
@@ -120,6 +123,8 @@ class Run:
         self.checkpoint: Path | None = None
         self.window: list[Tensor] = []
         self.noise_levels = LossByNoiseLevel()
+        self.data_state: Any = None  # as the last checkpoint has it
+        self.after: Any = None  # of this process, after the last micro-batch
         self.images = tracking.image_folder(config)
         self.folder = run_folders.run_folder(config)
 
@@ -169,6 +174,7 @@ class Run:
             if name not in contents.stateful:
                 raise ValueError(f"checkpoint {folder} has no state of '{name}'; resume with the same settings")
             thing.load_state_dict(contents.stateful[name])
+        self.data_state = contents.stateful.get(DATA_STATE)
         # The counters.
         self.step, self.samples_seen, self.checkpoint = contents.step, contents.samples_seen, folder
         self.tracker_run = contents.tracker_run
@@ -249,6 +255,8 @@ class Run:
     def save(self, whole: Whole) -> None:
         """Write the checkpoint of this step, back it up when due, delete the oldest."""
         target = run_folders.step_folder(self.folder, self.step)
+        if self.after is not None:  # where every process stands in a stream
+            self.data_state = gathered(self.accelerator, self.after.plain())
         begun, checksums = self._write_parts(target) if self.sharded else (None, None)
         if self.accelerator.is_main_process:
             contents, export = self._contents(), functools.partial(self._export, whole)
@@ -271,7 +279,8 @@ class Run:
                 "optimizer": None if sharded else self.optimizer.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             },
-            stateful={name: thing.state_dict() for name, thing in self.stateful.items()},
+            stateful={name: thing.state_dict() for name, thing in self.stateful.items()}
+            | ({DATA_STATE: self.data_state} if self.data_state else {}),
             ema=self.ema.state_dict() if self.ema is not None and not sharded else None,
             data=self.data,
         )
