@@ -340,3 +340,44 @@ def test_what_is_tried_again():
     with pytest.raises(ConnectionError):
         locations.with_retries("x", fails)
     assert len(calls) == 6
+
+
+def streamed_keys(samples, steps: int = 10, **options) -> list[list[str]]:
+    batches = batches_of(samples, **SETTINGS, **options)
+    return [batch.keys for batch in islice(batches, steps)]
+
+
+@pytest.mark.parametrize("what", ["drop", "busy"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_from_s3_that_drops_and_refuses_is_the_local_one(bucket, proxy, what, workers):
+    proxy.fault = now_and_then(".tar", 2, 5, what)
+    remote = index_samples("s3://bucket/set/", streaming=True, shuffle_buffer=16)
+    local = index_samples(str(bucket), streaming=True, shuffle_buffer=16)
+    assert streamed_keys(remote, num_workers=workers) == streamed_keys(local)
+    assert len(proxy.spoiled) >= 8
+
+
+def test_a_stream_fetches_every_byte_once(server):
+    for number in range(8):
+        write_shard(server.folder / f"{number}.tar", 40, start=40 * number, sizes=((100, 90),))
+    size = sum(path.stat().st_size for path in server.folder.iterdir())
+    stream = index_samples(f"{address(server)}/{{0..7}}.tar", streaming=True, shuffle_buffer=8)
+    for processes in (1, 2, 4):
+        server.sent.clear()
+        keys = []
+        for process in range(processes):
+            batches = batches_of(stream, **SETTINGS, num_processes=processes, process_index=process)
+            for _ in range(78):
+                keys += next(batches).keys
+        assert len(set(keys)) >= 300
+        assert 0.95 * size <= sum(server.sent) <= 1.05 * size
+
+
+def test_a_shard_that_fails_in_a_stream_is_named_and_passed(bucket, proxy, caplog):
+    proxy.fault = lambda path, span, method: "busy" if "/3.tar" in path and span else ""
+    stream = index_samples("s3://bucket/set/", streaming=True, shuffle_buffer=16)
+    keys = {key for keys in streamed_keys(stream) for key in keys}
+    assert not {key for key in keys if key.startswith("3.tar")}
+    assert "broken shards: shard 's3://bucket/set/3.tar' cannot be read" in caplog.text
+    proxy.fault = never
+    assert any(key.startswith("3.tar") for keys in streamed_keys(stream, 30) for key in keys)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from stable_cascade import bounds
 from stable_cascade.disk import local_path, read_file
@@ -147,44 +147,49 @@ def _checked(image: Image) -> tuple[bytes, bytes | None]:
 
 
 class _ShardWriter:
-    """Tars of `shard_size` samples; nothing in them depends on time, user or machine."""
+    """Tars of `shard_size` samples, written by webdataset; nothing in them depends on time, user or machine."""
 
     def __init__(self, target: Path, shard_size: int):
         self.target, self.shard_size = target, shard_size
         self.parts: list[Path] = []
-        self.tar: tarfile.TarFile | None = None
-        self.count = 0
+        self.file: BinaryIO | None = None
+        self.writer: Any = None
 
     def add(self, image: Image, data: bytes, mask: bytes | None) -> None:
-        if self.tar is None or self.count == self.shard_size:
-            self._next()
-        self.count += 1
+        # The members of a sample by their endings.
         suffix = image.path.suffix.lower()
         known = suffix.lstrip(".") in IMAGE_EXTENSIONS
-        self._member(f"{image.key}{suffix if known else _suffix_of(data)}", data)
+        members = {suffix if known else _suffix_of(data): data, ".txt": (image.caption or "").encode()}
         if image.mask is not None and mask is not None:
-            self._member(f"{image.key}{MASK}{image.mask.suffix.lower()}", mask)
-        self._member(f"{image.key}.txt", (image.caption or "").encode())
+            members[f"{MASK}{image.mask.suffix.lower()}"] = mask
         if image.extra:
             content = json.dumps(image.extra, sort_keys=True, ensure_ascii=False)
-            self._member(f"{image.key}.json", content.encode("utf-8", errors="replace"))
+            members[".json"] = content.encode("utf-8", errors="replace")
+        if self.writer is None:
+            from webdataset import ShardWriter
 
-    def _next(self) -> None:
-        self._close()
-        path = self.target / f".{len(self.parts):05}.tar.part{os.getpid()}"
-        self.parts.append(path)
-        self.tar, self.count = tarfile.open(path, "w", format=tarfile.GNU_FORMAT), 0
+            self.writer = ShardWriter(
+                "%05d.tar", maxcount=self.shard_size, maxsize=math.inf, verbose=0, opener=self._open, encoder=False,
+                user="", group="", mode=0o644, mtime=0,
+            )  # fmt: skip
+        self.writer.write({"__key__": image.key, **{ending.lstrip("."): part for ending, part in members.items()}})
 
-    def _member(self, name: str, data: bytes) -> None:
-        assert self.tar is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self.tar.addfile(info, io.BytesIO(data))
+    def _open(self, name: str) -> BinaryIO:
+        self._close_file()
+        self.parts.append(self.target / f".{name}.part{os.getpid()}")
+        self.file = open(self.parts[-1], "wb")
+        return self.file
+
+    def _close_file(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
     def _close(self) -> None:
-        if self.tar is not None:
-            self.tar.close()
-            self.tar = None
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+        self._close_file()
 
     def publish(self) -> tuple[str, ...]:
         """Gives the complete shards their names and removes older ones; tars with other names stay."""
