@@ -170,6 +170,14 @@ def test_a_run_goes_on_with_other_processes(tmp_path):
     assert max(positions) < 80 + 8 * 3 * 8
 
 
+def test_other_shards_do_not_go_on(tmp_path):
+    path = shards(tmp_path / "set")
+    _, (after,) = steps_of(streamed(path), 2)
+    (tmp_path / "set" / "007.tar").unlink()
+    with pytest.raises(ValueError, match=r"had 8 shards in 8 lanes, and now has 7 in 4; give the same shards"):
+        steps_of(streamed(path), 1, start_step=2, after=after)
+
+
 def test_each_process_opens_its_own_shards(tmp_path, monkeypatch):
     stream = streamed(shards(tmp_path / "set", count=16), stream_lanes=8)
     opened = []

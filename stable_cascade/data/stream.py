@@ -93,6 +93,14 @@ class SampleStream:
     def __str__(self) -> str:
         return f"a stream of {self.shards:,} shards in {self.lanes} lanes" + (f" ({self.why})" if self.why else "")
 
+    def check_processes(self, num_processes: int) -> None:
+        """Passes when the processes can share out the lanes.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        check_lanes(self.lanes, self.lanes_wanted, self.shards, num_processes)
+
     def watches(self) -> Watches:
         """Fresh counts."""
         share = self.max_broken_share
@@ -206,7 +214,14 @@ class StreamedRows:
     """
 
     def __init__(self, stream: SampleStream, plan: Plan, start_step: int, state: StreamState | None = None):
-        check_lanes(stream.lanes, stream.lanes_wanted, stream.shards, plan.num_processes)
+        stream.check_processes(plan.num_processes)
+        if state is not None and state.data["set"] != (stream.shards, stream.lanes):
+            shards, lanes = state.data["set"]
+            raise ValueError(
+                f"the stream that this run began with had {shards:,} shards in {lanes} lanes, and now has "
+                f"{stream.shards:,} in {stream.lanes}; give the same shards, or start anew from the trained weights "
+                "with another experiment_id"
+            )
         self.stream, self.plan, self.start_step, self.state = stream, plan, start_step, state
         self.states: deque[StreamState] = deque()
 
@@ -284,6 +299,7 @@ class _Reader:
         return StreamState({
             "step": step,
             "parts": self.parts,
+            "set": (self.stream.shards, self.stream.lanes),
             "lanes": {lane.number: lane.state() for lane in self.lanes.values()},
             "waiting": sorted(pair for rows in self.waiting.values() for pair in rows),
             "ready": [(number, *full) for number, ready in self.ready.items() for full in ready],

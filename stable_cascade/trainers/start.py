@@ -22,13 +22,14 @@ def start(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idle
     """The accelerator of this process; prints the plan and what there is to train on.
 
     What would stop the training later stops it here, before weights are read: a launch that contradicts the config, a
-    run folder that cannot be written to or is in use, tokens that no caption contains.
+    run folder that cannot be written to or is in use, a stream that the processes cannot share, tokens that no caption
+    contains.
 
     Args:
         may_idle: some of what trains takes no part in some steps, which several processes have to expect.
 
     Raises:
-        ValueError: as `check_launch`, `check_run_folders` and `caption_facts`.
+        ValueError: as `check_launch`, `check_run_folders`, `SampleStream.check_processes` and `caption_facts`.
     """
     # Start the accelerator and check that it agrees with the config.
     options: dict[str, Any] = {}
@@ -43,6 +44,8 @@ def start(config: Any, plan: str, index: SampleIndex | SampleStream, *, may_idle
     if accelerator.is_main_process:
         try:
             check_run_folders(config)
+            if isinstance(index, SampleStream):
+                index.check_processes(accelerator.num_processes)
             lines.append(f"data            {data_entry(config, index)}")
         except ValueError as found:
             error = str(found)
