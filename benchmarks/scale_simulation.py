@@ -47,7 +47,7 @@ def simulate(processes: int = PROCESSES, shards: int = SHARDS, steps: int = STEP
     """What the last line says, as a dictionary."""
     begun = time.monotonic()
     lanes = processes
-    stream = SampleStream("synthetic", Synthetic(shards), shards, lanes, lanes, 8 * lanes, 0.1)
+    stream = SampleStream(Synthetic(shards), shards, lanes, 8 * lanes, 0.1)
     plans = [
         Plan(1024, processes * PARTS * 2, PARTS, processes, process, seed=7, multi_aspect_ratio=["1/1", "1/2"])
         for process in range(processes)

@@ -163,9 +163,9 @@ def draw(page):
     for _ in range(100):  # until the last rough image has given way to the finished one, which carries its settings
         image = seen(page, "drawn")
         if getattr(Image.open(io.BytesIO(image)), "text", None):
-            break
+            return image
         page.wait_for_timeout(100)
-    return image
+    raise AssertionError("the rough image never gave way to the finished one")
 
 
 def seen(page, name):

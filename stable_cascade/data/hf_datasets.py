@@ -15,7 +15,7 @@ import numpy as np
 from stable_cascade.hub import HubError, NotAskedError, ask
 
 from .captions import check_caption
-from .filters import Filter, apply_filters, with_size
+from .filters import Filter, apply_filters
 from .images import IMAGE_EXTENSIONS, image_size
 from .lanes import lane_count
 from .samples import (
@@ -28,7 +28,7 @@ from .samples import (
     missing_captions,
     with_masks,
 )
-from .stream import HubColumns, SampleStream, StreamedRow, Watches
+from .stream import HubColumns, SampleStream, StreamedRow, Watches, hash_of_row
 
 log = logging.getLogger(__name__)
 
@@ -170,10 +170,9 @@ def stream_dataset(
         dataset = dataset.select_columns(_check_columns(dataset_name, names, columns, filters))
         dataset = _undecoded(dataset, columns)
     name, shards = short_name(dataset_name), dataset.num_shards
-    return SampleStream(
-        name, HubLanes(name, dataset, columns, firsts), shards, lane_count(lanes, shards), lanes, shuffle_buffer,
-        max_broken_share, tuple(filters), columns.mask is not None,
-    )  # fmt: skip
+    masks = columns.mask is not None
+    source = HubLanes(name, dataset, columns, firsts)
+    return SampleStream(source, shards, lanes, shuffle_buffer, max_broken_share, tuple(filters), masks)
 
 
 _ROWS_OF_A_LANE = 100
@@ -192,7 +191,7 @@ def _in_lanes(dataset: Any, lanes: int) -> tuple[Any, Sequence[int]]:
 
 @dataclass(frozen=True)
 class HubLanes:
-    """The lanes of a dataset, split by `datasets`; a cursor is the epoch, the row's number and `state_dict`.
+    """The lanes of a dataset, split by `datasets`; a cursor is the row's number and `state_dict`.
 
     The shuffle buffer is the stream's own, since `datasets` lets go of what its buffer holds when it resumes.
     """
@@ -205,7 +204,7 @@ class HubLanes:
 
     def lane(self, lane: int, lanes: int, seed: int, cursor: Any, watches: Watches) -> Iterator[tuple[Any, Any]]:
         """A lane's usable rows from a cursor on, without end, each with the cursor after it."""
-        epoch, number, state = cursor or (0, 0, None)
+        number, state = cursor or (0, None)
         # Rows are known by their number in the set, where that is known, or by their number in the lane.
         prefix = f"{self.name}/" if lanes == 1 or self.firsts else f"{self.name}/{lane}-"
         first = self.firsts[lane] if self.firsts else 0
@@ -219,29 +218,28 @@ class HubLanes:
                 number += 1
                 if row is not None:
                     usable = 1
-                    yield row, (epoch, number, own.state_dict())
+                    yield row, (number, own.state_dict())
             if not usable:
                 watches.rejections.finish()
                 raise ValueError(f"dataset_name {self.name!r} has no usable row")
-            epoch, number, state = epoch + 1, 0, None
+            number, state = 0, None
 
     def _row(self, key: str, values: dict[str, Any], watches: Watches) -> StreamedRow | None:
         columns = self.columns
         if columns.image not in values:
             raise ValueError(f"image_column {columns.image!r} is no column of {self.name!r} ({', '.join(values)})")
         # Readable, with a caption of a bearable length.
+        fault, data, size = "", b"", None
         try:
             data = columns.image_file(values)
             size = image_size(data)
             check_caption(columns.text(values) or "")
         except (ValueError, OSError) as error:
-            watches.samples.see(1, [f"{key}: {error}"])
-            return None
-        watches.samples.see(1, [])
-        assert size is not None
+            fault = str(error)
         # It passes the filters and has a caption.
-        if watches.rejections.filters and not all(watches.rejections.verdicts(with_size(values, size))):
+        if not watches.keeps(key, fault, values, size):
             return None
+        assert size is not None
         caption = columns.text(values)
         if caption is None and not columns.allow_missing_captions:
             raise ValueError(
@@ -250,8 +248,8 @@ class HubLanes:
             )
         mask = columns.mask_file(values)
         files = (data,) if mask is None else (data, mask)
-        image, masked = (np.array([content_hash(part) if part else 0], np.uint64) for part in (data, mask))
-        return StreamedRow(key, caption or "", *size, int(with_masks(image, masked)[0]), files=files)
+        hashed = hash_of_row(content_hash(data), content_hash(mask) if mask else 0)
+        return StreamedRow(key, caption or "", *size, hashed, files=files)
 
 
 def short_name(dataset_name: str) -> str:

@@ -21,7 +21,6 @@ from stable_cascade.wording import printable
 from .captions import CaptionSource, caption_source
 from .filters import Filter, apply_filters, parse_filters
 from .hf_datasets import index_dataset, stream_dataset
-from .lanes import lane_count
 from .locations import ByteReader, ShardFailure, is_remote, shard_locations, shard_stamp
 from .samples import IndexReport, SampleIndex, check_kept, check_masks, check_unreadable, missing_captions, with_masks
 from .shard_lanes import ShardLanes
@@ -153,9 +152,8 @@ def index_samples(
         fields = sorted({item.key for item in filters})
         lanes = ShardLanes(locations, _short_names(locations), fields, captions, allow_missing_captions, masks)
         stream = SampleStream(
-            "webdataset_path", lanes, len(locations), lane_count(stream_lanes, len(locations)), stream_lanes,
-            shuffle_buffer, max_broken_share, tuple(filters), masks, why,
-        )  # fmt: skip
+            lanes, len(locations), stream_lanes, shuffle_buffer, max_broken_share, tuple(filters), masks, why
+        )
         stream.first()
         return stream
     found = _tables(locations, filters, captions, cache_dir)

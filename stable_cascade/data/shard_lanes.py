@@ -7,17 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from stable_cascade.wording import printable
 
 from .captions import CaptionSource
-from .filters import with_size
 from .lanes import shard_of
 from .locations import ForwardFile, is_remote, open_shard
-from .samples import with_masks
 from .shards import shard_samples
-from .stream import StreamedRow, Watches
+from .stream import StreamedRow, Watches, hash_of_row
 
 _FAILING_IN_A_ROW = 3
 
@@ -93,12 +89,8 @@ class ShardLanes:
             ValueError: it has no caption, too many are broken, or a filter rejects all.
         """
         # Readable, and kept by the filters.
-        if sample.fault or not all(sample.size):
-            watches.samples.see(1, [f"{key}: {sample.fault or 'its image cannot be read'}"])
-            return None
-        watches.samples.see(1, [])
-        filters = watches.rejections.filters
-        if filters and not all(watches.rejections.verdicts(with_size(sample.content or {}, sample.size))):
+        fault = sample.fault or ("" if all(sample.size) else "its image cannot be read")
+        if not watches.keeps(key, fault, sample.content or {}, sample.size):
             return None
         # Its caption, and its mask where masks are asked for.
         if not sample.has_caption(self.captions) and not self.allow_missing_captions:
@@ -112,9 +104,7 @@ class ShardLanes:
         spans = [sample.spans["image"]]
         if self.masks and "mask" in sample.spans:
             spans.append(sample.spans["mask"])
-        hashed = sample.hash
-        if self.masks:
-            hashed = int(with_masks(np.array([hashed], np.uint64), np.array([sample.mask_hash], np.uint64))[0])
+        hashed = hash_of_row(sample.hash, sample.mask_hash if self.masks else 0)
         # A remote shard is passed only once, so its files are taken along.
         files = tuple(_read(file, span) for span in spans) if isinstance(file, ForwardFile) else ()
         if any(len(data) != span[1] for data, span in zip(files, spans, strict=False)):

@@ -127,31 +127,23 @@ def shard_samples(
     wanted = {captions.member, "json"} if fields else {captions.member}
     key, sample, end = "", _Sample({}), start
     failure: Exception | None = None
-    members = tar_members(file, location, start=start)
-    while failure is None:
-        try:
-            name, span = next(members)
+    try:
+        for name, span in tar_members(file, location, start=start):
             own, extension = _split(name)
-            if extension and own == key:
+            # With another key the sample before is complete.
+            if extension and own != key:
+                if sample.counts(captions.member):
+                    _tell_dotted({}, key, sample, captions.member)
+                    yield key, sample, end
+                key, sample = own, _Sample({})
+            if extension:
                 _take(sample, key, extension, file, span, location, wanted)
-        except StopIteration:
-            break
-        except ValueError as error:
-            failure = error
-            continue
-        if extension and own != key:
-            # The sample before is complete.
-            if sample.counts(captions.member):
-                _tell_dotted({}, key, sample, captions.member)
-                yield key, sample, end
-            key, sample = own, _Sample({})
-            try:
-                _take(sample, key, extension, file, span, location, wanted)
-            except ValueError as error:
-                failure = error
-                sample = _Sample({})
-        end = end_of(span)
+            end = end_of(span)
+    except ValueError as error:
+        failure = error
+    # The last one, and then what stopped it.
     if sample.counts(captions.member):
+        _tell_dotted({}, key, sample, captions.member)
         yield key, sample, end
     if failure is not None:
         raise failure

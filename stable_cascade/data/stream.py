@@ -23,10 +23,11 @@ from stable_cascade.disk import read_file
 
 from .decoding import BrokenWatch, Candidate, Decoded, Decoder, Place, Undecodable, identity_of
 from .draws import draws, sample_seeds
-from .filters import Filter, RejectionWatch
-from .lanes import buffer_size, check_lanes
+from .filters import Filter, RejectionWatch, with_size
+from .lanes import buffer_size, check_lanes, lane_count
 from .locations import ByteReader
 from .plan import Buckets, Plan, with_random_buckets
+from .samples import with_masks
 
 _FALLBACKS = 3
 Span = tuple[int, int]
@@ -54,6 +55,17 @@ class Watches(NamedTuple):
     shards: BrokenWatch
     rejections: RejectionWatch
 
+    def keeps(self, key: str, fault: str, values: Mapping[str, Any], size: tuple[int, int] | None) -> bool:
+        """Whether a sample is readable and passes the filters; counts it either way.
+
+        Raises:
+            ValueError: too many are broken, or a filter rejects all.
+        """
+        self.samples.see(1, [f"{key}: {fault}"] if fault else [])
+        if fault or not self.rejections.filters:
+            return not fault
+        return all(self.rejections.verdicts(with_size(dict(values), size or (0, 0))))
+
 
 class LaneSource(Protocol):
     """Where a stream's samples come from."""
@@ -71,24 +83,25 @@ class SampleStream:
     """Samples that are read in lanes while the training goes on.
 
     Attributes:
-        name: of the set, in messages.
         shards: how many there are.
-        lanes: how many are read at a time, over all processes.
-        lanes_wanted: what was asked for.
+        lanes_wanted: how many shards to read at a time, over all processes; `lanes` says how many are.
         shuffle_buffer: samples that all lanes together hold to draw from.
         why: what the plan says about it.
     """
 
-    name: str
     source: LaneSource
     shards: int
-    lanes: int
     lanes_wanted: int
     shuffle_buffer: int
     max_broken_share: float
     filters: tuple[Filter, ...] = ()
     masks: bool = False
     why: str = ""
+
+    @functools.cached_property
+    def lanes(self) -> int:
+        """How many shards are read at a time: a divisor of what was asked for, so that no lane is without one."""
+        return lane_count(self.lanes_wanted, self.shards)
 
     def __str__(self) -> str:
         return f"a stream of {self.shards:,} shards in {self.lanes} lanes" + (f" ({self.why})" if self.why else "")
@@ -317,6 +330,11 @@ class _Full(NamedTuple):
 def _light(row: StreamedRow) -> StreamedRow:
     """The row without its files, where a worker can read them again if it ever needs them."""
     return row._replace(files=()) if row.location else row
+
+
+def hash_of_row(image: int, mask: int) -> int:
+    """A sample's content hash as an index has it, from those of its image and its mask (0: none)."""
+    return int(with_masks(np.array([image], np.uint64), np.array([mask], np.uint64))[0])
 
 
 class StreamedImages(Dataset):
